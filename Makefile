@@ -1,0 +1,39 @@
+# `make demo` and `make test` are all a fresh machine needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint typecheck shapes clean help bench-mnist
+
+help:
+	@echo "make demo         digits: dense, tensorized and tensor-from-scratch nets; table, figures and a page in runs/"
+	@echo "make test         lint, types, tests, shape-checked tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench-mnist  the accuracy rows of the README on MNIST (needs MNIST=PATH)"
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/tnlayers train --data digits --out runs/demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not gpu and not dist" -q
+	$(BIN)/python -m pytest -m "not gpu and not dist and not compile and not slow" -q \
+	  --jaxtyping-packages=decompositions,cross_approx,tnlayers,beartype.beartype \
+	  tests/test_formats.py tests/test_gauge.py tests/test_layers.py
+
+MNIST ?= ../shared/data/mnist
+bench-mnist: $(STAMP)
+	$(BIN)/python benchmarks/mnist.py --data mnist:$(MNIST)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Tensors from few of their entries."""

@@ -1,0 +1,1 @@
+"""What a network is: the base class, plans, gauges and one file a format."""

@@ -1,0 +1,251 @@
+"""Unfoldings, sign-fixed QR and truncated bases: the dense linear algebra under every decomposition."""
+
+import warnings
+from collections.abc import Sequence
+from math import isfinite, prod
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Inexact
+from torch import Tensor
+
+from decompositions.randomized import randomized_basis
+
+Method = Literal["auto", "exact", "gram", "randomized"]
+METHODS = ("auto", "exact", "gram", "randomized")
+
+GRAM_CHUNK = 1 << 15
+"""Columns of one block of a float64 Gram product: small enough to stay in cache, large enough for GEMM speed."""
+
+
+class TruncationWarning(UserWarning):
+    """A decomposition did not reach the tolerance asked for; the message states the error it reached."""
+
+
+def unfold(x: Inexact[Tensor, "..."], modes: Sequence[int] | int) -> Inexact[Tensor, "grouped rest"]:
+    """Matrix whose rows are the given modes and whose columns are the others, both in their order.
+
+    Example:
+        >>> import torch
+        >>> unfold(torch.zeros(2, 3, 4), 1).shape
+        torch.Size([3, 8])
+    """
+    modes = (modes,) if isinstance(modes, int) else tuple(modes)
+    rest = [k for k in range(x.ndim) if k not in modes]
+    return x.permute(*modes, *rest).reshape(prod(x.shape[k] for k in modes), prod(x.shape[k] for k in rest))
+
+
+def fold(
+    matrix: Inexact[Tensor, "grouped rest"], modes: Sequence[int] | int, shape: Sequence[int]
+) -> Inexact[Tensor, "..."]:
+    """Inverse of `unfold`: `fold(unfold(x, modes), modes, x.shape)` equals x.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 3, 4)
+        >>> torch.equal(fold(unfold(x, (2, 0)), (2, 0), x.shape), x)
+        True
+    """
+    modes = (modes,) if isinstance(modes, int) else tuple(modes)
+    order = [*modes, *(k for k in range(len(shape)) if k not in modes)]
+    inverse = [order.index(k) for k in range(len(shape))]
+    return matrix.reshape([shape[k] for k in order]).permute(inverse)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which QR, SVD, Gram products and inner products run: float32 for the half types, else the same."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def work_dtype(dtype: torch.dtype, tol: float | None) -> torch.dtype:
+    """Dtype in which a truncation by `tol` is sound: double where single precision would spend the tolerance itself."""
+    dtype = accumulate_dtype(dtype)
+    if tol is None or tol >= 1e-4:
+        return dtype
+    return {torch.float32: torch.float64, torch.complex64: torch.complex128}.get(dtype, dtype)
+
+
+def check_tensor(name: str, x: Tensor, *, min_order: int = 1) -> None:
+    """Refuse what no decomposition can take: wrong types, empty modes, NaN, infinity."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"{name}: expected a floating or complex tensor, got {x.dtype}; convert it with x.to(torch.float32)"
+        )
+    if x.ndim < min_order:
+        raise ValueError(f"{name}: expected a tensor of order >= {min_order}, got shape {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name}: every mode size must be at least 1, got shape {tuple(x.shape)}")
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        nans = int(torch.isnan(x).sum())
+        infs = int((~finite).sum()) - nans
+        raise ValueError(f"{name}: entries must be finite, got {nans} NaN and {infs} infinite of {x.numel()}")
+
+
+def check_tol(name: str, tol: float | None) -> None:
+    """Refuse a tolerance that is not a relative error."""
+    if tol is not None and not (isinstance(tol, (int, float)) and isfinite(tol) and tol >= 0):
+        raise ValueError(f"{name}: tol must be a finite relative error >= 0, got {tol!r}")
+
+
+def check_ranks(name: str, rank: int | Sequence[int] | None, possible: Sequence[int], bond: str = "bond") -> list[int]:
+    """One cap per bond: an int caps every bond, a sequence names each and must be possible, None leaves all free."""
+    if rank is None:
+        return list(possible)
+    if isinstance(rank, bool) or not isinstance(rank, (int, Sequence)):
+        raise TypeError(f"{name}: rank must be an int, a sequence of ints or None, got {rank!r}")
+    if isinstance(rank, int):
+        if rank < 1:
+            raise ValueError(f"{name}: rank must be at least 1, got {rank}")
+        return [min(rank, most) for most in possible]
+    if len(rank) != len(possible):
+        raise ValueError(
+            f"{name}: rank needs one entry per {bond}, expected {len(possible)}, got {len(rank)} (rank={tuple(rank)})"
+        )
+    for k, (r, most) in enumerate(zip(rank, possible, strict=True)):
+        if isinstance(r, bool) or not isinstance(r, int):
+            raise TypeError(f"{name}: rank entries must be ints, got {r!r} for {bond} {k}")
+        if not 1 <= r <= most:
+            raise ValueError(
+                f"{name}: rank of {bond} {k} must be in 1..{most} (the most its unfolding can have), got {r}; "
+                "an int rank is a cap for all"
+            )
+    return list(rank)
+
+
+def positive_qr(matrix: Inexact[Tensor, "m n"]) -> tuple[Inexact[Tensor, "m k"], Inexact[Tensor, "k n"]]:
+    """Reduced QR with a non-negative diagonal of R, which makes it unique for full column rank.
+
+    Half precision is factored in float32 and cast back.
+
+    Example:
+        >>> import torch
+        >>> q, r = positive_qr(-torch.eye(2))
+        >>> r.diagonal().tolist()
+        [1.0, 1.0]
+    """
+    q, r = torch.linalg.qr(matrix.to(accumulate_dtype(matrix.dtype)))
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    phase = torch.where(diagonal == 0, torch.ones_like(diagonal), torch.sgn(diagonal))
+    return (q * phase.unsqueeze(-2)).to(matrix.dtype), (r * phase.conj().unsqueeze(-1)).to(matrix.dtype)
+
+
+def safe_svd(matrix: Inexact[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD `U, S, V^H` of a finite matrix; retried in double precision where LAPACK gives up in single."""
+    try:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # divide and conquer can fail on graded matrices
+        double = torch.complex128 if matrix.is_complex() else torch.float64
+        q, r = torch.linalg.qr(matrix.to(double))
+        u, s, vh = torch.linalg.svd(r, full_matrices=False)
+        return (q @ u).to(matrix.dtype), s.to(matrix.real.dtype), vh.to(matrix.dtype)
+
+
+def truncation_rank(squares: Tensor, budget: float, cap: int) -> int:
+    """Smallest k whose discarded squared singular values sum to at most `budget`, within 1..cap.
+
+    `squares` are in descending order; sums run from the small end in float64, where nothing is absorbed.
+    """
+    tails = torch.flip(torch.cumsum(torch.flip(squares.double().clamp_min(0), (0,)), 0), (0,))  # tails[k]: drop k.. on
+    fits = int((tails > budget).sum())
+    return max(1, min(fits, cap))
+
+
+class Basis(NamedTuple):
+    """An isometry `u`, the coordinates `rest = u^H A`, and the squared Frobenius norm of `A - u rest`."""
+
+    u: Tensor
+    rest: Tensor
+    discarded: float
+
+
+def gram(matrix: Inexact[Tensor, "m n"]) -> Inexact[Tensor, "m m"]:
+    """`A A^H` in double precision, by blocks of columns: the square root of its rounding error is below float32's."""
+    double = torch.complex128 if matrix.is_complex() else torch.float64
+    m, n = matrix.shape
+    step = max(1, GRAM_CHUNK // max(1, m // 64))
+    total = torch.zeros(m, m, dtype=double, device=matrix.device)
+    for start in range(0, n, step):
+        block = matrix[:, start : start + step].to(double)
+        total += block @ block.mH
+    return total
+
+
+def gram_is_safe(dtype: torch.dtype, tol: float | None) -> bool:
+    """Whether a double-precision Gram matrix resolves what is asked of a matrix of this dtype.
+
+    Its eigenvalues carry an error of about 1e-16 of the largest, so singular values below 1e-8 are noise: harmless for
+    single precision, not for float64 unless the tolerance is well above.
+    """
+    if dtype in (torch.float32, torch.complex64):
+        return True
+    return tol is not None and tol >= 1e-5
+
+
+def basis(
+    matrix: Inexact[Tensor, "m n"],
+    *,
+    cap: int,
+    budget: float | None,
+    tol: float | None,
+    method: Method = "auto",
+    generator: torch.Generator | None = None,
+) -> Basis:
+    """Orthonormal basis of the dominant column space: `A ≈ u (u^H A)`.
+
+    Args:
+        matrix: m x n, finite, in a dtype that LAPACK takes.
+        cap: largest number of columns of u.
+        budget: squared Frobenius norm that may be discarded; None keeps `cap` columns.
+        tol: the relative tolerance behind the budget, which decides whether a Gram matrix is accurate enough.
+        method: "exact" (SVD), "gram" (eigenvectors of A A^H in double precision), "randomized" (needs a rank), or
+            "auto", which takes "gram" where it loses nothing and is cheaper.
+        generator: of the randomized sketch.
+    """
+    m, n = matrix.shape
+    cap = min(cap, m, n)
+    if method == "randomized":
+        u = randomized_basis(matrix, cap, generator=generator)
+        small = u.mH @ matrix
+        inner = basis(small, cap=cap, budget=budget, tol=tol, method="exact")
+        u = u @ inner.u
+        lost = max(0.0, _square(matrix) - _square(small)) + inner.discarded
+        return Basis(u, inner.rest, lost)
+    if method == "auto":
+        method = "gram" if gram_is_safe(matrix.dtype, tol) and 2 * m <= n else "exact"
+    if method == "gram":
+        values, vectors = torch.linalg.eigh(gram(matrix))
+        squares, vectors = values.flip(0), vectors.flip(1)
+        k = cap if budget is None else truncation_rank(squares, budget, cap)
+        u = vectors[:, :k].to(matrix.dtype)
+        rest = u.mH @ matrix
+    else:
+        u, s, vh = safe_svd(matrix)
+        squares = s.double().square()
+        k = cap if budget is None else truncation_rank(squares, budget, cap)
+        u, rest = u[:, :k], s[:k, None] * vh[:k]
+    return Basis(u, rest, float(squares[k:].clamp_min(0).sum()))
+
+
+def _square(x: Tensor) -> float:
+    """Squared Frobenius norm, summed in double precision."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.complex128 if x.is_complex() else torch.float64)) ** 2
+
+
+def relative_error(approximation: Tensor, exact: Tensor) -> float:
+    """`‖exact - approximation‖ / ‖exact‖` in double precision; the absolute error where exact is zero."""
+    double = torch.complex128 if exact.is_complex() else torch.float64
+    difference = float(torch.linalg.vector_norm(approximation.to(double) - exact.to(double)))
+    size = float(torch.linalg.vector_norm(exact.to(double)))
+    return difference / size if size > 0 else difference
+
+
+def warn_truncation(name: str, error: float, tol: float, reason: str) -> None:
+    """Say once, with the number, that the tolerance was not reached."""
+    warnings.warn(
+        f"{name}: the tolerance was not reached, expected relative error <= {tol:.3g}, got {error:.3g} ({reason})",
+        TruncationWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,181 @@
+"""Tensor-train decompositions of tensors and matrices."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from jaxtyping import Inexact
+from torch import Tensor
+
+from decompositions.formats.tt import TT, chain_ranks, chain_shapes
+from decompositions.formats.tt_matrix import TTMatrix
+from decompositions.linalg import Method, check_ranks, check_tensor
+from decompositions.modes import balanced_modes
+from decompositions.truncation import Truncation
+
+Ranks = int | Sequence[int] | None
+
+
+def tt_svd(
+    x: Inexact[Tensor, "..."],
+    rank: Ranks = None,
+    tol: float | None = None,
+    *,
+    axes: Sequence[int] | None = None,
+    num_rows: int | None = None,
+    method: Method = "auto",
+    with_error: bool = False,
+    generator: torch.Generator | None = None,
+) -> TT | tuple[TT, float]:
+    """TT-SVD: `X(i_1, ..., i_d) ≈ G_1(i_1) ... G_d(i_d)` by d - 1 truncated bases from left to right.
+
+    `‖X - X̂‖ <= tol ‖X‖`, the squared errors of the cuts adding exactly; with ranks given,
+    `‖X - X̂‖ <= sqrt(d - 1) ‖X - best of those ranks‖`. Exact where the ranks suffice.
+    Cost: O(sum_k r_{k-1}^2 n_k^2 prod(n_{k+1..d})) by Gram or SVD.
+
+    Args:
+        x: a tensor of any order >= 1.
+        rank: cap for every bond, or d - 1 entries in chain order.
+        tol: relative Frobenius error.
+        axes: chain order of the axes of x; (1, 2, 3, 0) makes the chain in, kh, kw, out of a convolution kernel.
+        num_rows: leading axes of x that are rows of the network; all by default.
+        method: "exact", "gram", "randomized" (needs rank) or "auto".
+        with_error: return `(network, relative error)`.
+        generator: of the randomized sketch.
+
+    Returns:
+        TT whose cores are isometries toward the last one, the center.
+
+    Raises:
+        ValueError: NaN or infinity, an empty mode, an impossible rank, axes that are not a permutation.
+
+    References:
+        I. Oseledets, Tensor-train decomposition, SIAM J. Sci. Comput. 2011, algorithm 1 and theorem 2.2.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(24.0).reshape(2, 3, 4)
+        >>> net, error = tt_svd(x, tol=1e-6, with_error=True)
+        >>> net.ranks, error < 1e-6
+        ((2, 2), True)
+    """
+    check_tensor("tt_svd", x)
+    chain = tuple(range(x.ndim)) if axes is None else tuple(axes)
+    if sorted(chain) != list(range(x.ndim)):
+        raise ValueError(f"tt_svd: axes must be a permutation of 0..{x.ndim - 1}, got {chain}")
+    task, cores = _train("tt_svd", x, x.permute(chain), rank, tol, method, generator)
+    return task.finish(TT(cores, num_rows, chain), with_error)
+
+
+def ttm_svd(
+    weight: Inexact[Tensor, "m *n"],
+    row_modes: Sequence[int] | None = None,
+    col_modes: Sequence[int] | None = None,
+    rank: Ranks = None,
+    tol: float | None = None,
+    *,
+    order: int = 3,
+    method: Method = "auto",
+    with_error: bool = False,
+    generator: torch.Generator | None = None,
+) -> TTMatrix | tuple[TTMatrix, float]:
+    """TT-SVD of a matrix with row mode k and column mode k in one core.
+
+    `‖W - Ŵ‖ <= tol ‖W‖` as for `tt_svd`. Modes whose products exceed the width pad the matrix with zero rows and
+    columns (any width works, primes too); the error of the unpadded part is at most that of the whole.
+    Cost: that of `tt_svd` on modes m_k n_k.
+
+    Args:
+        weight: (out, in); a convolution kernel (out, in, *kernel) is taken as the matrix out x (in kernel).
+        row_modes: modes of the rows, product at least m; None chooses balanced ones.
+        col_modes: modes of the columns, product at least n, as many as row modes; None chooses balanced ones (of a
+            kernel: balanced modes of in, then the kernel sizes, beside row modes 1).
+        rank: cap for every bond, or an entry for each.
+        tol: relative Frobenius error.
+        order: number of modes to choose where they are not given.
+        method: "exact", "gram", "randomized" (needs rank) or "auto".
+        with_error: return `(network, relative error of the padded matrix)`.
+        generator: of the randomized sketch.
+
+    Returns:
+        TTMatrix whose cores are isometries toward the last one.
+
+    Raises:
+        ValueError: products smaller than the matrix, lengths that differ, NaN or infinity, an impossible rank.
+
+    References:
+        I. Oseledets, SIAM J. Matrix Anal. Appl. 2010; A. Novikov et al., 2015, arXiv 1509.06569.
+
+    Example:
+        >>> import torch
+        >>> net = ttm_svd(torch.eye(12), row_modes=(3, 4), col_modes=(3, 4), tol=1e-6)
+        >>> net.ranks, ttm_svd(torch.randn(13, 7), rank=2, order=2).shape
+        ((1,), (3, 5, 1, 7))
+    """
+    check_tensor("ttm_svd", weight, min_order=2)
+    rows, cols = matrix_modes(tuple(weight.shape), row_modes, col_modes, order)
+    matrix = weight.flatten(1)
+    m, n = matrix.shape
+    if prod(rows) < m or prod(cols) < n:
+        raise ValueError(
+            f"ttm_svd: the modes must cover the matrix, expected products >= {m} x {n}, "
+            f"got row_modes={rows} ({prod(rows)}) and col_modes={cols} ({prod(cols)})"
+        )
+    if len(rows) != len(cols):
+        raise ValueError(
+            f"ttm_svd: row_modes and col_modes pair up, expected equal lengths, got {rows} and {cols}; fill with ones"
+        )
+    d = len(rows)
+    padded = torch.nn.functional.pad(matrix, (0, prod(cols) - n, 0, prod(rows) - m))
+    paired = [k for pair in zip(range(d), range(d, 2 * d), strict=True) for k in pair]
+    tensor = padded.reshape(*rows, *cols).permute(paired)
+    tensor = tensor.reshape([i * j for i, j in zip(rows, cols, strict=True)])
+    task, cores = _train("ttm_svd", tensor, tensor, rank, tol, method, generator)
+    shapes = chain_shapes(list(zip(rows, cols, strict=True)), [core.shape[-1] for core in cores[:-1]])
+    net = TTMatrix([core.reshape(shape) for core, shape in zip(cores, shapes, strict=True)])
+    return task.finish(net, with_error, target=padded.detach().reshape(*rows, *cols))
+
+
+def matrix_modes(
+    shape: tuple[int, ...], row_modes: Sequence[int] | None, col_modes: Sequence[int] | None, order: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Row and column modes of a weight of this shape; what is None is chosen balanced (see `ttm_svd`).
+
+    Example:
+        >>> matrix_modes((64, 32, 3, 3), None, None, order=2)
+        ((8, 8, 1, 1), (4, 8, 3, 3))
+    """
+    out, width, *kernel = shape
+    if row_modes is not None:
+        order = max(1, len(row_modes) - (len(kernel) if col_modes is None else 0))
+    elif col_modes is not None:
+        order = len(col_modes)
+        kernel = []
+    cols = (*balanced_modes(width, order), *kernel) if col_modes is None else tuple(col_modes)
+    rows = (*balanced_modes(out, order), *(1 for _ in kernel)) if row_modes is None else tuple(row_modes)
+    return rows, cols
+
+
+def _train(
+    name: str,
+    x: Tensor,
+    chain: Tensor,
+    rank: Ranks,
+    tol: float | None,
+    method: Method,
+    generator: torch.Generator | None,
+) -> tuple[Truncation, list[Tensor]]:
+    """Cut `chain` (x with its axes in chain order) from left to right."""
+    if method == "randomized" and rank is None:
+        raise ValueError(f"{name}: method='randomized' needs a rank, got rank=None; use method='auto' with tol")
+    sizes = tuple(chain.shape)
+    caps = check_ranks(name, rank, chain_ranks(sizes))
+    task = Truncation(name, chain, max(1, len(sizes) - 1), tol, method, generator)
+    rest, left, cores = task.work.reshape(1, -1), 1, []
+    for k, cap in enumerate(caps):
+        found = task.cut(rest.reshape(left * sizes[k], -1), cap)
+        cores.append(found.u.reshape((left, sizes[k], -1) if k else (sizes[k], -1)))
+        rest, left = found.rest, found.u.shape[1]
+    cores.append(rest.reshape((left, sizes[-1]) if caps else (sizes[-1],)))
+    task.x = x
+    return task, cores
