@@ -16,6 +16,7 @@ from decompositions.formats.gauge import orthogonalize as orthogonalize
 from decompositions.formats.gauge import possible_ranks as possible_ranks
 from decompositions.formats.gauge import round as round
 from decompositions.formats.low_rank import LowRank as LowRank
+from decompositions.formats.modes import balanced_modes as balanced_modes
 from decompositions.formats.network import Network as Network
 from decompositions.formats.network import bond_sides as bond_sides
 from decompositions.formats.plan import Plan as Plan
@@ -29,7 +30,6 @@ from decompositions.linalg import fold as fold
 from decompositions.linalg import positive_qr as positive_qr
 from decompositions.linalg import unfold as unfold
 from decompositions.low_rank import svd as svd
-from decompositions.modes import balanced_modes as balanced_modes
 from decompositions.randomized import randomized_basis as randomized_basis
 from decompositions.tt import tt_svd as tt_svd
 from decompositions.tt import ttm_svd as ttm_svd

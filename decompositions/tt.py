@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.formats.modes import balanced_modes
 from decompositions.formats.tt import TT, chain_ranks, chain_shapes
 from decompositions.formats.tt_matrix import TTMatrix
 from decompositions.linalg import Method, check_ranks, check_tensor
-from decompositions.modes import balanced_modes
 from decompositions.truncation import Truncation
 
 Ranks = int | Sequence[int] | None
@@ -113,7 +113,7 @@ def ttm_svd(
         ((1,), (3, 5, 1, 7))
     """
     check_tensor("ttm_svd", weight, min_order=2)
-    rows, cols = matrix_modes(tuple(weight.shape), row_modes, col_modes, order)
+    rows, cols = _matrix_modes(tuple(weight.shape), row_modes, col_modes, order)
     matrix = weight.flatten(1)
     m, n = matrix.shape
     if prod(rows) < m or prod(cols) < n:
@@ -136,24 +136,17 @@ def ttm_svd(
     return task.finish(net, with_error, target=padded.detach().reshape(*rows, *cols))
 
 
-def matrix_modes(
+def _matrix_modes(
     shape: tuple[int, ...], row_modes: Sequence[int] | None, col_modes: Sequence[int] | None, order: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Row and column modes of a weight of this shape; what is None is chosen balanced (see `ttm_svd`).
-
-    Example:
-        >>> matrix_modes((64, 32, 3, 3), None, None, order=2)
-        ((8, 8, 1, 1), (4, 8, 3, 3))
-    """
-    out, width, *kernel = shape
+    """Complete the modes that were not given, with as many as the given side has."""
+    if col_modes is not None:
+        rows = balanced_modes(shape[0], len(col_modes)) if row_modes is None else tuple(row_modes)
+        return rows, tuple(col_modes)
     if row_modes is not None:
-        order = max(1, len(row_modes) - (len(kernel) if col_modes is None else 0))
-    elif col_modes is not None:
-        order = len(col_modes)
-        kernel = []
-    cols = (*balanced_modes(width, order), *kernel) if col_modes is None else tuple(col_modes)
-    rows = (*balanced_modes(out, order), *(1 for _ in kernel)) if row_modes is None else tuple(row_modes)
-    return rows, cols
+        order = max(1, len(row_modes) - len(shape[2:]))
+    rows, cols = TTMatrix.default_modes(shape, order)
+    return (rows if row_modes is None else tuple(row_modes)), cols
 
 
 def _train(

@@ -110,7 +110,7 @@ def round(
     cores = _Cores("round", net, center, work_dtype(net.dtype, tol))
     caps = dict(zip(net.bonds, _caps(net, rank), strict=True))
     cores.sweep_up()
-    total = float(torch.linalg.vector_norm(cores.values[center]))
+    total = float(torch.linalg.vector_norm(cores.values[cores.center].detach()))
     _, discarded, bound = cores.sweep_down(caps if rank is not None else None, None if tol is None else tol * total)
     if bound and tol is not None and sqrt(discarded) > tol * total:
         warn_truncation("round", sqrt(discarded) / total, tol, f"rank={rank} binds")
@@ -193,7 +193,7 @@ class _Cores:
             matrix, axis, others = self.matrix(edge.parent, edge.bond)
             u, s, vh = safe_svd(matrix)
             spectra[edge.bond] = s
-            squares = s.double().square()
+            squares = s.detach().double().square()
             keep = most = s.numel() if caps is None else min(s.numel(), caps[edge.bond])
             if budget is not None:
                 free = truncation_rank(squares, max(0.0, budget - discarded) / left, s.numel())

@@ -56,6 +56,11 @@ class LowRank(Network):
         return self.cores[2]
 
     @classmethod
+    def default_modes(cls, shape: tuple[int, ...], order: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """One mode a side: out, and everything else (`order` has no say)."""
+        return (shape[0],), (prod(shape[1:]),)
+
+    @classmethod
     def skeleton(cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]) -> Self:
         """Shapes alone, on the meta device; several modes on a side are taken as their product."""
         m, n = prod(row_modes), prod(col_modes)

@@ -14,6 +14,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from decompositions.formats.modes import balanced_modes
+
 Labels = tuple[str, ...]
 
 
@@ -82,7 +84,7 @@ class Network:
         self.__post_init__()
 
     @classmethod
-    def _unchecked(cls, cores: Sequence[Tensor], legs: tuple[Labels, ...], rows: Labels, cols: Labels) -> Self:
+    def _unchecked(cls, cores: Iterable[Tensor], legs: tuple[Labels, ...], rows: Labels, cols: Labels) -> Self:
         """Make a network without validation: inside pytree transforms leaves may be anything."""
         net = object.__new__(cls)
         for name, value in (("cores", tuple(cores)), ("legs", legs), ("rows", rows), ("cols", cols)):
@@ -101,6 +103,17 @@ class Network:
         )
         net.__post_init__()
         return net
+
+    @classmethod
+    def default_modes(cls, shape: tuple[int, ...], order: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Row and column modes for a weight `(out, in, *kernel)`.
+
+        A kernel keeps its axes; a matrix gets `order` balanced modes a side, whose products may exceed its widths.
+        """
+        out, width, *kernel = shape
+        if kernel:
+            return (out,), (width, *kernel)
+        return balanced_modes(out, order), balanced_modes(width, order)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from decompositions.formats.algebra import transpose
+from decompositions.formats.modes import balanced_modes
 from decompositions.formats.network import Network
 from decompositions.formats.random import fill_random
 from decompositions.formats.tt import chain_legs, chain_ranks, chain_shapes
@@ -44,6 +45,12 @@ class TTMatrix(Network):
         rows = tuple(f"i{k}" for k in range(len(cores)))
         cols = tuple(f"j{k}" for k in range(len(cores)))
         self._init(cores, chain_legs(list(zip(rows, cols, strict=True))), rows, cols)
+
+    @classmethod
+    def default_modes(cls, shape: tuple[int, ...], order: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`order` balanced modes a side; kernel axes follow as column modes beside row modes 1."""
+        out, width, *kernel = shape
+        return (*balanced_modes(out, order), *(1 for _ in kernel)), (*balanced_modes(width, order), *kernel)
 
     @classmethod
     def skeleton(cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]) -> Self:

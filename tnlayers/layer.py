@@ -1,0 +1,240 @@
+"""The base of every layer whose weight is a network: cores as Parameters, structure as plain data, plans."""
+
+from collections.abc import Callable
+from math import prod, sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from decompositions import Network, as_operator, fill_random, numel, scale
+from decompositions import norm as network_norm
+from decompositions.formats.network import Labels, check_labels
+from decompositions.formats.plan import Plan, bucket, plan_apply
+from tnlayers.rank_change import resize_
+
+Recipe = Callable[[Tensor], Any]
+"""Dense weight -> Network (or the pair (Network, error) of `with_error=True`)."""
+
+NetworkFactory = Callable[[tuple[int, ...], torch.dtype, torch.device], Network]
+"""(shape of the weight, dtype, device) -> Network: makes a fresh weight without allocating the dense one."""
+
+
+class Structure(NamedTuple):
+    """What a network is besides its numbers."""
+
+    format: type[Network]
+    legs: tuple[Labels, ...]
+    rows: Labels
+    cols: Labels
+
+    @classmethod
+    def of(cls, net: Network) -> "Structure":
+        """Read the structure off a network."""
+        return cls(type(net), net.legs, net.rows, net.cols)
+
+
+class NetworkLayer(nn.Module):
+    """A layer whose weight is a network.
+
+    Subclasses say what the weight's shape is and what to do with x. `state_dict` holds the cores (`cores.0`, ...) and
+    the ordinary entries; `load_state_dict` adopts the ranks it finds.
+    """
+
+    cores: nn.ParameterList
+    weight_shape: tuple[int, ...]
+
+    def _start(
+        self,
+        weight_shape: tuple[int, ...],
+        network: Network | NetworkFactory | None,
+        recipe: Recipe | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        std: float,
+    ) -> None:
+        """Make the first network from what the user gave, and register its cores."""
+        name = type(self).__name__
+        self.weight_shape, self._std = weight_shape, std
+        self._plans: dict[Any, Any] = {}
+        self._hint: int | None = None
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if (network is None) == (recipe is None):
+            raise ValueError(
+                f"{name}: expected exactly one of network= (a Network or a callable (shape, dtype, device) -> Network) "
+                f"and recipe= (a callable dense weight -> Network), got network={network!r} and recipe={recipe!r}; "
+                "for example network=tnlayers.random_network(LowRank, rank=8)"
+            )
+        if recipe is not None:
+            dense = torch.randn(weight_shape, dtype=dtype, device=device) * std
+            net = self._fit(run_recipe(name, recipe, dense))
+            size = float(network_norm(net))
+            wanted = std * sqrt(prod(weight_shape))  # truncation lost variance; the layer starts at the dense one's
+            net = scale(net, wanted / size) if size > 0 else net
+        else:
+            net = network if isinstance(network, Network) else network(weight_shape, dtype, device)  # type: ignore[misc]
+            net = self._fit(net)
+        self.cores = nn.ParameterList([nn.Parameter(core.detach().contiguous().clone()) for core in net.cores])
+        self._structure = Structure.of(net)
+        self.register_load_state_dict_pre_hook(_adopt_ranks)
+        self._replan()
+
+    def _fit(self, net: Network) -> Network:
+        """Refuse a network that cannot be this layer's weight; a network without columns is split after axis 0."""
+        name = type(self).__name__
+        if not isinstance(net, Network):
+            raise TypeError(f"{name}: network must be a decompositions.Network, got {type(net).__name__}")
+        if not net.cols and net.order > 1:
+            net = as_operator(net, 1)
+        out, *rest = self.weight_shape
+        have, need = (prod(net.row_modes), prod(net.col_modes)), (out, prod(rest))
+        kernel = len(rest) > 1 and have[1] != need[1]
+        if have[0] < need[0] or have[1] < need[1] or kernel:
+            raise ValueError(
+                f"{name}: the network must cover the weight, expected rows >= {need[0]} and columns "
+                f"{'=' if len(rest) > 1 else '>='} {need[1]} (weight {self.weight_shape}), "
+                f"got row modes {net.row_modes} and column modes {net.col_modes}"
+            )
+        return net
+
+    @property
+    def network(self) -> Network:
+        """The current network; its cores are the layer's Parameters."""
+        s = self._structure
+        return s.format._unchecked(tuple(self.cores), s.legs, s.rows, s.cols)
+
+    def set_network(self, network: Network) -> None:
+        """Replace the weight, at any ranks: the one call that changes ranks.
+
+        The Parameter objects stay (optimizers, ties and hooks keep them), their gradients are dropped, and graphs built
+        before stay usable. Optimizers that kept moments of the old shapes lose those, with a RankChangeWarning once;
+        averaged copies of the model need a new start.
+
+        Args:
+            network: same number of cores, dtype and device as now; it must cover the weight.
+
+        Raises:
+            ValueError: another dtype, device, number of cores, or modes that do not cover the weight.
+
+        Example:
+            >>> import torch, tnlayers
+            >>> from decompositions import LowRank
+            >>> from decompositions import round as cut
+            >>> layer = tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=4))
+            >>> layer.set_network(cut(layer.network, rank=2))
+            >>> layer.network.ranks
+            (2, 2)
+        """
+        name = type(self).__name__
+        network = self._fit(network)
+        first = self.cores[0]
+        if len(network.cores) != len(self.cores):
+            raise ValueError(f"{name}.set_network: expected {len(self.cores)} cores, got {len(network.cores)}")
+        if network.dtype != first.dtype or network.device != first.device:
+            raise ValueError(
+                f"{name}.set_network: expected cores of {first.dtype} on {first.device}, got {network.dtype} on "
+                f"{network.device}; convert with network.to(...) or the layer with layer.to(...)"
+            )
+        for parameter, core in zip(self.cores, network.cores, strict=True):
+            resize_(parameter, core)
+        self._structure = Structure.of(network)
+        self._replan()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the cores anew at the present ranks; the dense weight gets the standard deviation of torch's layer."""
+        first = self.cores[0]
+        fresh = fill_random(
+            self.network.detach(), std=self._std, generator=generator, dtype=first.dtype, device=first.device
+        )
+        with torch.no_grad():
+            for parameter, core in zip(self.cores, fresh.cores, strict=True):
+                parameter.copy_(core)
+
+    def plan(self, batch: int | None = None) -> Any:
+        """Plan for `batch` rows and keep that plan as the stored one; with None return the stored plan.
+
+        The stored plan is what compiled and exported programs use for every batch. It is made for 1024 rows, then for
+        the first batch that an eager call brings.
+        """
+        if batch is not None:
+            self._hint = batch
+            self._replan()
+        return self._stored
+
+    def _replan(self) -> None:
+        self._plans.clear()
+        self._stored = self._make_plan(bucket(1024 if self._hint is None else self._hint))
+
+    def _make_plan(self, rows: int) -> Any:
+        return plan_apply(self.network, rows)[0]
+
+    def _plan_for(self, rows: int) -> Plan:
+        """Plan for a batch: the stored one while tracing, else the one of its power-of-two bucket."""
+        if torch.compiler.is_compiling():
+            return self._stored
+        key = bucket(rows)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._make_plan(key)
+            if self._hint is None and rows > 0:
+                self._hint, self._stored = rows, plan
+        return plan
+
+    def numel(self) -> int:
+        """Parameters of the weight, as its format counts them."""
+        return numel(self.network)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NetworkLayer":
+        result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
+        self._replan()
+        return result
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _repr_network(self) -> str:
+        return f"{self.network!r}, {self.network.equation}"
+
+
+def run_recipe(name: str, recipe: Recipe, weight: Tensor) -> Network:
+    """Call a recipe without autograd and take the network of a (network, error) pair."""
+    with torch.no_grad():
+        made = recipe(weight)
+    net = made[0] if isinstance(made, tuple) else made
+    if not isinstance(net, Network):
+        raise TypeError(f"{name}: a recipe must return a decompositions.Network, got {type(net).__name__}")
+    return net
+
+
+def _adopt_ranks(
+    module: NetworkLayer,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Resize the cores to the ranks found in a state dict, so that loading works across ranks."""
+    found = [state_dict.get(f"{prefix}cores.{k}") for k in range(len(module.cores))]
+    if any(core is None for core in found):
+        return  # torch reports missing keys itself
+    cores = [core for core in found if core is not None]
+    if all(core.shape == own.shape for core, own in zip(cores, module.cores, strict=True)):
+        return
+    s = module._structure
+    try:
+        sizes = check_labels(s.format.__name__, [tuple(core.shape) for core in cores], s.legs, s.rows, s.cols)
+        own = module.network.sizes
+        for label in (*s.rows, *s.cols):
+            if sizes[label] != own[label]:
+                raise ValueError(f"{s.format.__name__}: mode {label!r} has size {own[label]}, got {sizes[label]}")
+    except ValueError as error:
+        error_msgs.append(f"{prefix}cores: {error}")
+        return
+    for parameter, core in zip(module.cores, cores, strict=True):
+        if parameter.shape != core.shape:
+            resize_(parameter, torch.empty(core.shape, dtype=parameter.dtype, device=parameter.device))
+    module._replan()

@@ -1,0 +1,159 @@
+"""Linear layer: `y = x W^T + b` with W a network."""
+
+from math import prod, sqrt
+from typing import Self
+
+import torch
+from jaxtyping import Inexact
+from torch import Tensor, nn
+
+from decompositions import Network, to_matrix
+from decompositions.formats.plan import run
+from tnlayers.init import default_std
+from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, run_recipe
+
+
+class Linear(NetworkLayer):
+    """`torch.nn.Linear` whose weight is a network: `y = x W^T + b`, W of shape (out_features, in_features).
+
+    Modes may cover more than the widths (prime widths): x is padded with zeros and y cut. Cost of a call: that of the
+    plan, see `layer.plan()` and `decompositions.explain(layer.network)`.
+
+    Args:
+        in_features: width of x.
+        out_features: width of y.
+        bias: whether to add a bias; False stays without.
+        device: of the cores and the bias.
+        dtype: of the cores and the bias.
+        network: a Network, or a callable (shape, dtype, device) -> Network such as `tnlayers.random_network(...)`.
+        recipe: a callable dense weight -> Network, applied to a weight drawn like torch's; the result is rescaled to
+            its standard deviation.
+
+    Raises:
+        ValueError: neither or both of network and recipe; a network that does not cover the weight.
+
+    Example:
+        >>> import torch, tnlayers
+        >>> from decompositions import TTMatrix
+        >>> layer = tnlayers.Linear(20, 12, network=tnlayers.random_network(TTMatrix, rank=3))
+        >>> layer(torch.ones(7, 20)).shape, layer.weight.shape
+        (torch.Size([7, 12]), torch.Size([12, 20]))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        network: Network | NetworkFactory | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"Linear: widths must be at least 1, got in={in_features}, out={out_features}")
+        self.in_features, self.out_features = in_features, out_features
+        shape = (out_features, in_features)
+        self._start(shape, network, recipe, dtype, device, default_std(shape))
+        first = self.cores[0]
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=first.dtype, device=first.device)) if bias else None
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / sqrt(in_features), 1 / sqrt(in_features))
+
+    @classmethod
+    def from_dense(cls, linear: nn.Module, recipe: Recipe) -> Self:
+        """Layer that stands in for a trained `nn.Linear`: weight by recipe, bias and settings kept.
+
+        Args:
+            linear: an `nn.Linear` (out x in), or a Hugging Face `Conv1D`, whose weight is in x out.
+            recipe: a callable dense weight (out, in) -> Network.
+
+        Raises:
+            TypeError: not such a layer.
+
+        Example:
+            >>> from functools import partial
+            >>> from torch import nn
+            >>> from decompositions import svd
+            >>> Linear.from_dense(nn.Linear(6, 4, bias=False), partial(svd, rank=2)).bias is None
+            True
+        """
+        weight = dense_linear_weight(linear)
+        net = run_recipe("Linear.from_dense", recipe, weight.detach())
+        bias = linear.bias
+        layer = cls(
+            weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype, network=net
+        )
+        copy_settings(linear, layer, linear.weight, bias)  # type: ignore[arg-type]
+        return layer
+
+    def to_dense_module(self) -> nn.Linear:
+        """Return the `nn.Linear` with the same function."""
+        first = self.cores[0]
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=first.device, dtype=first.dtype
+        )
+        with torch.no_grad():
+            dense.weight.copy_(self.weight)
+        copy_settings(self, dense, first, self.bias)
+        return dense
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out_features, in_features), differentiable with respect to the cores."""
+        return to_matrix(self.network)[: self.out_features, : self.in_features]
+
+    def forward(self, x: Inexact[Tensor, "*batch n"]) -> Inexact[Tensor, "*batch m"]:
+        """Return `x W^T + b`, for any leading axes, an empty batch included."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"Linear: the last axis of x must be in_features, expected {self.in_features}, got {tuple(x.shape)}"
+            )
+        net = self.network
+        batch_shape, modes, rows = x.shape[:-1], net.col_modes, net.row_modes
+        batch, width, out = prod(batch_shape), prod(modes), prod(rows)
+        if width > self.in_features:
+            x = torch.nn.functional.pad(x, (0, width - self.in_features))
+        y = run(self._plan_for(batch).steps, (x.reshape(batch, *modes), *net.cores)).reshape(batch, out)
+        if out > self.out_features:
+            y = y[:, : self.out_features]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*batch_shape, self.out_features)
+
+    def flops(self, batch: int = 1) -> int:
+        """Multiply-adds times two of one forward pass over `batch` rows, without the bias."""
+        return self._make_plan(batch).flops
+
+    def extra_repr(self) -> str:
+        """Widths, bias, format and equation."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self._repr_network()}"
+        )
+
+
+def dense_linear_weight(linear: nn.Module) -> Tensor:
+    """Weight (out, in) of an `nn.Linear`, or of a transposed one as Hugging Face's `Conv1D`."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise TypeError(f"Linear.from_dense: expected a torch.nn.Linear, got {type(linear).__name__}")
+    if isinstance(linear, nn.Linear):
+        return weight
+    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
+        return weight.T
+    raise TypeError(f"Linear.from_dense: expected a torch.nn.Linear or Conv1D, got {type(linear).__name__}")
+
+
+def copy_settings(source: nn.Module, target: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Carry over the bias, the training flag, and which parts are frozen."""
+    if bias is not None:
+        with torch.no_grad():
+            target.bias.copy_(bias)  # type: ignore[operator]
+    for name, parameter in target.named_parameters():
+        frozen_by = bias if name == "bias" else weight
+        assert frozen_by is not None
+        parameter.requires_grad_(frozen_by.requires_grad)
+    target.train(source.training)
