@@ -65,6 +65,37 @@ def work_dtype(dtype: torch.dtype, tol: float | None) -> torch.dtype:
     return {torch.float32: torch.float64, torch.complex64: torch.complex128}.get(dtype, dtype)
 
 
+def usable_tol(tol: float, dtype: torch.dtype, cuts: int) -> float:
+    """`tol` less what rounding the cores to their dtype may add."""
+    return max(tol - 4 * (cuts + 1) * torch.finfo(dtype).eps, 0.1 * tol)
+
+
+def is_tight(tol: float, dtype: torch.dtype, cuts: int) -> bool:
+    """Whether rounding to `dtype` may spend the tolerance, so that the error has to be measured.
+
+    The half types always are: float16 loses small cores to underflow, whatever the tolerance.
+    """
+    return dtype in (torch.float16, torch.bfloat16) or tol < 10 * (cuts + 1) * torch.finfo(dtype).eps
+
+
+def direct_sum(first: Tensor, second: Tensor, axes: Sequence[int]) -> Tensor:
+    """Place two tensors corner to corner along `axes`; the other axes are shared.
+
+    Example:
+        >>> import torch
+        >>> direct_sum(torch.ones(1, 2), torch.ones(1, 1), [0, 1]).tolist()
+        [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+
+    def pad(x: Tensor, other: Tensor, before: bool) -> Tensor:
+        widths = [0] * (2 * x.ndim)  # F.pad lists the last axis first
+        for axis in axes:
+            widths[2 * (x.ndim - 1 - axis) + (0 if before else 1)] = other.shape[axis]
+        return torch.nn.functional.pad(x, widths)
+
+    return pad(first, second, before=False) + pad(second, first, before=True)
+
+
 def check_tensor(name: str, x: Tensor, *, min_order: int = 1) -> None:
     """Refuse what no decomposition can take: wrong types, empty modes, NaN, infinity."""
     if not isinstance(x, Tensor):

@@ -16,7 +16,10 @@ from decompositions.linalg import (
     basis,
     check_tensor,
     check_tol,
+    gram_is_safe,
+    is_tight,
     relative_error,
+    usable_tol,
     warn_truncation,
     work_dtype,
 )
@@ -65,10 +68,7 @@ class Truncation:
     @property
     def effective_tol(self) -> float | None:
         """`tol` less what rounding the cores to their dtype may add."""
-        if self.tol is None:
-            return None
-        rounding = 4 * (self.cuts + 1) * torch.finfo(self.x.dtype).eps
-        return max(self.tol - rounding, 0.1 * self.tol)
+        return None if self.tol is None else usable_tol(self.tol, self.x.dtype, self.cuts)
 
     def cut(self, matrix: Tensor, cap: int) -> Basis:
         """Truncated basis of the next unfolding, at most `cap` columns, within the budget."""
@@ -101,11 +101,14 @@ class Truncation:
         exact = self.x.detach() if target is None else target
         error: float | None = None
         double = torch.promote_types(self.x.dtype, torch.float64)
-        tight = self.tol is not None and self.tol < 10 * (self.cuts + 1) * torch.finfo(self.x.dtype).eps
-        if with_error or self.capped or tight:
+        unsure = self.tol is not None and (
+            is_tight(self.tol, self.x.dtype, self.cuts)
+            or (self.method == "gram" and not gram_is_safe(self.work.dtype, self.tol))
+        )
+        if with_error or self.capped or unsure:
             error = relative_error(to_dense(net.to(double)), exact)
         if self.tol is not None and error is not None and error > self.tol:
-            reason = "the rank binds" if self.capped else f"{self.x.dtype} cannot hold a smaller error"
+            reason = "the rank binds" if self.capped else f"method={self.method!r} in {self.x.dtype} resolves no less"
             warn_truncation(self.name, error, self.tol, reason)
         if with_error:
             assert error is not None

@@ -137,7 +137,7 @@ def hooi(
         num_rows: leading axes that are rows of the network; all by default.
         max_sweeps: upper bound on the number of sweeps.
         improvement: stop when a sweep lowers the squared error by less than this share of `‖X‖^2`.
-        method: "exact", "gram" or "auto"; the refits follow it.
+        method: "exact", "gram" or "auto", which the refits follow; "randomized" (needs rank) for the start alone.
         with_error: return `(network, relative error)`.
         generator: of the randomized sketch.
 
@@ -161,13 +161,14 @@ def hooi(
     task, axes, caps = _start("hooi", x, rank, tol, modes, method, generator)
     core, factors = _sequential(task, axes, caps)
     fit = _square(core)
+    refit: Method = "auto" if method == "randomized" else method  # a new sketch a sweep could lower the fit
     for _ in range(max_sweeps if len(axes) > 1 else 0):
         for position, k in enumerate(axes):
             projected = task.work
             for other, factor in zip(axes, factors, strict=True):
                 if other != k:
                     projected = _multiply(projected, factor.mH, other)
-            u = basis(unfold(projected, k), cap=factors[position].shape[1], budget=None, tol=None).u
+            u = basis(unfold(projected, k), cap=factors[position].shape[1], budget=None, tol=None, method=refit).u
             factors[position] = u
             core = _multiply(projected, u.mH, k)
         previous, fit = fit, _square(core)

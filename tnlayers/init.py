@@ -1,6 +1,7 @@
 """Fresh networks for layers: modes chosen from the shape, variance read off it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from typing import Any
 
@@ -21,6 +22,39 @@ def default_std(weight_shape: tuple[int, ...]) -> float:
     return 1 / sqrt(3 * prod(weight_shape[1:]))
 
 
+@dataclass(frozen=True)
+class RandomNetwork:
+    """The factory that `random_network` returns: `(shape, dtype, device) -> Network`."""
+
+    format: type[Network]
+    rank: int | tuple[int, ...]
+    std: float | None
+    gain: float
+    order: int
+    row_modes: tuple[int, ...] | None
+    col_modes: tuple[int, ...] | None
+    generator: torch.Generator | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def or_std(self, std: float) -> "RandomNetwork":
+        """Return the same factory with `gain * std` where no std was asked for: how a layer brings its own default."""
+        return self if self.std is not None else replace(self, std=self.gain * std)
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Network:
+        """Draw a network for a weight of this shape."""
+        rows, cols = self.format.default_modes(shape, self.order)
+        return self.format.random(  # type: ignore[attr-defined]
+            row_modes=rows if self.row_modes is None else self.row_modes,
+            col_modes=cols if self.col_modes is None else self.col_modes,
+            rank=self.rank,
+            std=self.gain * default_std(shape) if self.std is None else self.std,
+            generator=self.generator,
+            dtype=dtype,
+            device=device,
+            **self.options,
+        )
+
+
 def random_network(
     format: type[Network],
     rank: int | Sequence[int],
@@ -32,16 +66,17 @@ def random_network(
     col_modes: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     **options: Any,
-) -> Callable[[tuple[int, ...], torch.dtype, torch.device], Network]:
+) -> RandomNetwork:
     """Factory of fresh networks for `Linear(..., network=...)` and the other layers.
 
-    The dense weight it stands for has the root mean square of torch's default initialisation, exactly and in every
-    draw, whatever the format and the ranks. Nothing of the dense size is allocated.
+    The dense weight it stands for has the root mean square of torch's initialisation of that layer, exactly and in
+    every draw, whatever the format and the ranks. Nothing of the dense size is allocated.
 
     Args:
         format: LowRank, Tucker, TT, TTMatrix, or another format with `random`.
         rank: a cap for every bond, or one entry a bond.
-        std: root mean square of the entries of the weight; None is `gain / sqrt(3 fan_in)`.
+        std: root mean square of the entries of the weight; None is the layer's default, `1 / sqrt(3 fan_in)` for
+            Linear and Conv and 1 for Embedding, times `gain`.
         gain: factor on the default.
         order: number of modes a side where they are chosen (a matrix in Tucker, TT or TTMatrix).
         row_modes: modes of the out side; None chooses them (balanced; primes are padded).
@@ -55,18 +90,14 @@ def random_network(
         >>> tnlayers.Linear(784, 256, network=random_network(TTMatrix, rank=8)).network.ranks
         (8, 8)
     """
-
-    def make(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Network:
-        rows, cols = format.default_modes(shape, order)
-        return format.random(  # type: ignore[attr-defined]
-            row_modes=rows if row_modes is None else tuple(row_modes),
-            col_modes=cols if col_modes is None else tuple(col_modes),
-            rank=rank if isinstance(rank, int) else tuple(rank),
-            std=gain * default_std(shape) if std is None else std,
-            generator=generator,
-            dtype=dtype,
-            device=device,
-            **options,
-        )
-
-    return make
+    return RandomNetwork(
+        format,
+        rank if isinstance(rank, int) else tuple(rank),
+        std,
+        gain,
+        order,
+        None if row_modes is None else tuple(row_modes),
+        None if col_modes is None else tuple(col_modes),
+        generator,
+        options,
+    )

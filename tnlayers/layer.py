@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from decompositions import Network, as_operator, fill_random, numel, scale
 from decompositions import norm as network_norm
 from decompositions.formats.network import Labels, check_labels
-from decompositions.formats.plan import Plan, bucket, plan_apply
+from decompositions.formats.plan import Plan, Step, bucket, plan_apply, plan_dense, run
+from decompositions.linalg import gram
+from tnlayers.init import RandomNetwork
 from tnlayers.rank_change import resize_
 
 Recipe = Callable[[Tensor], Any]
@@ -34,6 +36,13 @@ class Structure(NamedTuple):
         return cls(type(net), net.legs, net.rows, net.cols)
 
 
+class Shapes(NamedTuple):
+    """Shapes that a layer saw in one call, batch first."""
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+
+
 class NetworkLayer(nn.Module):
     """A layer whose weight is a network.
 
@@ -43,6 +52,8 @@ class NetworkLayer(nn.Module):
 
     cores: nn.ParameterList
     weight_shape: tuple[int, ...]
+    bias: nn.Parameter | None
+    _dense_steps: tuple[Step, ...]
 
     def _start(
         self,
@@ -73,8 +84,10 @@ class NetworkLayer(nn.Module):
             wanted = std * sqrt(prod(weight_shape))  # truncation lost variance; the layer starts at the dense one's
             net = scale(net, wanted / size) if size > 0 else net
         else:
-            net = network if isinstance(network, Network) else network(weight_shape, dtype, device)  # type: ignore[misc]
-            net = self._fit(net)
+            if isinstance(network, RandomNetwork):
+                network = network.or_std(std)
+            assert network is not None
+            net = self._fit(network if isinstance(network, Network) else network(weight_shape, dtype, device))
         self.cores = nn.ParameterList([nn.Parameter(core.detach().contiguous().clone()) for core in net.cores])
         self._structure = Structure.of(net)
         self.register_load_state_dict_pre_hook(_adopt_ranks)
@@ -99,6 +112,11 @@ class NetworkLayer(nn.Module):
         return net
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight, of torch's shape, differentiable with respect to the cores."""
+        raise TypeError("NetworkLayer.weight: expected a layer, got the base")
+
+    @property
     def network(self) -> Network:
         """The current network; its cores are the layer's Parameters."""
         s = self._structure
@@ -112,10 +130,10 @@ class NetworkLayer(nn.Module):
         averaged copies of the model need a new start.
 
         Args:
-            network: same number of cores, dtype and device as now; it must cover the weight.
+            network: same format, labels, modes, dtype and device as now; only ranks may differ.
 
         Raises:
-            ValueError: another dtype, device, number of cores, or modes that do not cover the weight.
+            ValueError: anything but the ranks differs (make another layer with `from_dense` or `network=`).
 
         Example:
             >>> import torch, tnlayers
@@ -136,9 +154,13 @@ class NetworkLayer(nn.Module):
                 f"{name}.set_network: expected cores of {first.dtype} on {first.device}, got {network.dtype} on "
                 f"{network.device}; convert with network.to(...) or the layer with layer.to(...)"
             )
+        if Structure.of(network) != self._structure or network.shape != self.network.shape:
+            raise ValueError(
+                f"{name}.set_network: only ranks may change, expected a network like {self.network!r} "
+                f"({self.network.equation}), got {network!r} ({network.equation}); make another layer instead"
+            )
         for parameter, core in zip(self.cores, network.cores, strict=True):
             resize_(parameter, core)
-        self._structure = Structure.of(network)
         self._replan()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -164,6 +186,7 @@ class NetworkLayer(nn.Module):
 
     def _replan(self) -> None:
         self._plans.clear()
+        self._dense_steps = plan_dense(self.network).steps
         self._stored = self._make_plan(bucket(1024 if self._hint is None else self._hint))
 
     def _make_plan(self, rows: int) -> Any:
@@ -181,9 +204,33 @@ class NetworkLayer(nn.Module):
                 self._hint, self._stored = rows, plan
         return plan
 
+    def _dense(self) -> Tensor:
+        """Dense tensor in the network's own modes, by the plan made outside traced code."""
+        return run(self._dense_steps, list(self.cores))
+
     def numel(self) -> int:
         """Parameters of the weight, as its format counts them."""
         return numel(self.network)
+
+    @staticmethod
+    def dense_flops(weight_shape: tuple[int, ...], seen: Shapes | None) -> int:
+        """Multiply-adds times two of the dense layer for one sample (one row or position where nothing was seen)."""
+        raise TypeError("NetworkLayer.dense_flops: expected a layer class, got the base")
+
+    def sample_flops(self, seen: Shapes | None) -> int:
+        """Multiply-adds times two of this layer for one sample, as `dense_flops` counts."""
+        raise TypeError("NetworkLayer.sample_flops: expected a layer, got the base")
+
+    def output_bound(self, difference: Tensor) -> float:
+        """Bound of `‖y - y'‖ / ‖x‖` for two weights that differ by `difference`: its spectral norm.
+
+        Above 2,048 on the smaller side the Frobenius norm stands in, which is larger.
+        """
+        return spectral_bound(difference.flatten(1))
+
+    def to_dense_module(self) -> nn.Module:
+        """Return the `torch.nn` layer with the same function."""
+        raise TypeError("NetworkLayer.to_dense_module: expected a layer, got the base")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NetworkLayer":
         result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
@@ -195,6 +242,14 @@ class NetworkLayer(nn.Module):
 
     def _repr_network(self) -> str:
         return f"{self.network!r}, {self.network.equation}"
+
+
+def spectral_bound(matrix: Tensor) -> float:
+    """Largest singular value, in double precision; the Frobenius norm where that would be too dear."""
+    if min(matrix.shape) > 2048:
+        return float(torch.linalg.vector_norm(matrix, dtype=torch.promote_types(matrix.dtype, torch.float64)))
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    return sqrt(max(0.0, float(torch.linalg.eigvalsh(gram(wide))[-1])))
 
 
 def run_recipe(name: str, recipe: Recipe, weight: Tensor) -> Network:

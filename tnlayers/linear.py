@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor, nn
 
-from decompositions import Network, to_matrix
+from decompositions import Network
 from decompositions.formats.plan import run
 from tnlayers.init import default_std
-from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, run_recipe
+from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, run_recipe
 
 
 class Linear(NetworkLayer):
@@ -103,7 +103,8 @@ class Linear(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense weight (out_features, in_features), differentiable with respect to the cores."""
-        return to_matrix(self.network)[: self.out_features, : self.in_features]
+        dense = self._dense().reshape(prod(self.network.row_modes), -1)
+        return dense[: self.out_features, : self.in_features]
 
     def forward(self, x: Inexact[Tensor, "*batch n"]) -> Inexact[Tensor, "*batch m"]:
         """Return `x W^T + b`, for any leading axes, an empty batch included."""
@@ -126,6 +127,15 @@ class Linear(NetworkLayer):
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of one forward pass over `batch` rows, without the bias."""
         return self._make_plan(batch).flops
+
+    @staticmethod
+    def dense_flops(weight_shape: tuple[int, ...], seen: Shapes | None) -> int:
+        """Dense multiply-adds times two of one sample, all its rows."""
+        return 2 * prod(weight_shape) * (1 if seen is None else prod(seen.input[1:-1]))
+
+    def sample_flops(self, seen: Shapes | None) -> int:
+        """Multiply-adds times two of one sample, all its rows."""
+        return self.flops(1 if seen is None else max(1, prod(seen.input[1:-1])))
 
     def extra_repr(self) -> str:
         """Widths, bias, format and equation."""

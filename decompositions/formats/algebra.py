@@ -15,7 +15,7 @@ from torch import Tensor
 from decompositions.formats.gauge import orthogonalize
 from decompositions.formats.network import Labels, Network
 from decompositions.formats.plan import Plan, bucket, plan_apply, plan_dense, plan_path, run
-from decompositions.linalg import accumulate_dtype
+from decompositions.linalg import accumulate_dtype, direct_sum
 
 N = TypeVar("N", bound=Network)
 
@@ -156,7 +156,7 @@ def add(a: N, b: Network) -> N:
                 f"add: every core must be joined to the others by summed bonds, got core {k} with legs {leg} "
                 f"of {a.equation}; add the dense tensors instead"
             )
-        cores.append(_direct_sum(first, second, [axis for axis, label in enumerate(leg) if label not in outside]))
+        cores.append(direct_sum(first, second, [axis for axis, label in enumerate(leg) if label not in outside]))
     return a.replace(cores)
 
 
@@ -171,18 +171,6 @@ def _is_detached(net: Network, start: int) -> bool:
                 reached.add(k)
                 frontier.append(k)
     return len(reached) < len(net.cores)
-
-
-def _direct_sum(first: Tensor, second: Tensor, axes: list[int]) -> Tensor:
-    """Place two tensors corner to corner along `axes`; the other axes are shared."""
-
-    def pad(x: Tensor, other: Tensor, before: bool) -> Tensor:
-        widths = [0] * (2 * x.ndim)  # F.pad lists the last axis first
-        for axis in axes:
-            widths[2 * (x.ndim - 1 - axis) + (0 if before else 1)] = other.shape[axis]
-        return torch.nn.functional.pad(x, widths)
-
-    return pad(first, second, before=False) + pad(second, first, before=True)
 
 
 def scale(net: N, factor: float | complex | Tensor) -> N:
@@ -246,8 +234,9 @@ def norm(net: Network) -> Tensor:
     """
     tracked = torch.is_grad_enabled() and any(core.requires_grad for core in net.cores)
     if net.is_tree and not tracked:
-        wide = net.to(accumulate_dtype(net.dtype))
-        return torch.linalg.vector_norm(orthogonalize(wide, 0).cores[0])
+        center = orthogonalize(net.to(accumulate_dtype(net.dtype)), 0).cores[0]
+        double = torch.promote_types(center.dtype, torch.float64)  # squares of 1e-30 leave the range of float32
+        return torch.linalg.vector_norm(center, dtype=double).to(center.real.dtype)
     square = inner(net, net).real
     positive = square > 0  # at zero the gradient is the subgradient 0, not NaN
     return torch.where(positive, square, 1.0).sqrt() * positive

@@ -4,7 +4,7 @@ The algorithms see labels and bonds only; LowRank, Tucker, TT, TT-matrix and any
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from typing import TypeVar
 
 import torch
@@ -15,9 +15,12 @@ from decompositions.linalg import (
     accumulate_dtype,
     check_ranks,
     check_tol,
+    direct_sum,
+    is_tight,
     positive_qr,
     safe_svd,
     truncation_rank,
+    usable_tol,
     warn_truncation,
     work_dtype,
 )
@@ -67,6 +70,7 @@ def bond_singular_values(net: Network) -> dict[str, Tensor]:
     """
     cores = _Cores("bond_singular_values", net, 0, accumulate_dtype(net.dtype))
     cores.sweep_up()
+    cores.norm("bond_singular_values")
     spectra = cores.sweep_down(None, None)[0]
     return {bond: spectra[bond] for bond in net.bonds}
 
@@ -86,7 +90,7 @@ def round(
     within sqrt(#bonds) of the best of those ranks. With both the smaller rank wins, and if it binds a
     TruncationWarning states the error. With neither, only what is redundant (bonds larger than a side) is removed.
     Tolerances below 1e-4 run in double precision.
-    Cost: one QR up, one SVD and one QR down a bond, O(sum_v n_v r^(deg + 1)).
+    Cost: one QR up, one QR down and one SVD a bond, O(sum_v n_v r^(deg + 1)).
 
     Args:
         net: a tree.
@@ -110,25 +114,45 @@ def round(
     cores = _Cores("round", net, center, work_dtype(net.dtype, tol))
     caps = dict(zip(net.bonds, _caps(net, rank), strict=True))
     cores.sweep_up()
-    total = float(torch.linalg.vector_norm(cores.values[cores.center].detach()))
-    _, discarded, bound = cores.sweep_down(caps if rank is not None else None, None if tol is None else tol * total)
-    if bound and tol is not None and sqrt(discarded) > tol * total:
-        warn_truncation("round", sqrt(discarded) / total, tol, f"rank={rank} binds")
-    return net.replace(cores.cast(net.dtype))
+    total = cores.norm("round")
+    threshold = None if tol is None else usable_tol(tol, net.dtype, len(cores.edges)) * total
+    _, discarded, bound = cores.sweep_down(caps if rank is not None else None, threshold)
+    result = net.replace(cores.cast(net.dtype))
+    if tol is None or total == 0:
+        return result
+    measured = is_tight(tol, net.dtype, len(cores.edges))
+    error = (_distance(net, result) if measured else sqrt(discarded)) / total
+    if error > tol:
+        warn_truncation("round", error, tol, f"rank={rank} binds" if bound else f"{net.dtype} resolves no less")
+    return result
+
+
+def _distance(a: Network, b: Network) -> float:
+    """`‖A - B‖` of two trees with the same labels, in double precision: the center of their difference."""
+    outside = set(a.outside)
+    double = torch.promote_types(a.dtype, torch.float64)
+    cores = []
+    for k, (first, second, leg) in enumerate(zip(a.cores, b.cores, a.legs, strict=True)):
+        bonds = [axis for axis, label in enumerate(leg) if label not in outside]
+        first, second = first.detach().to(double), second.detach().to(double)
+        cores.append(direct_sum(first, -second if k == 0 else second, bonds) if bonds else first - second)
+    difference = _Cores("round", a.replace(cores), 0, double)
+    difference.sweep_up()
+    return difference.norm("round")
 
 
 def _caps(net: Network, rank: int | Sequence[int] | Mapping[str, int] | None) -> list[int]:
-    most = [max(net.ranks, default=1)] * len(net.bonds)  # a cap above the present rank is no error: nothing to cut
+    largest = max(net.ranks, default=1)  # a cap above the present rank is no error: nothing to cut
     if isinstance(rank, Mapping):
         unknown = set(rank) - set(net.bonds)
         if unknown:
             raise ValueError(
                 f"round: rank names bonds of the network, expected some of {net.bonds}, got {sorted(unknown)}"
             )
-        rank = [int(rank.get(bond, size)) for bond, size in zip(net.bonds, net.ranks, strict=True)]
+        rank = [rank.get(bond, size) for bond, size in zip(net.bonds, net.ranks, strict=True)]
     if isinstance(rank, Sequence):
-        rank = [min(r, most[0]) if isinstance(r, int) else r for r in rank]
-    return check_ranks("round", rank, most)
+        rank = [min(r, largest) if isinstance(r, int) else r for r in rank]
+    return check_ranks("round", rank, [largest] * len(net.bonds))
 
 
 class _Cores:
@@ -176,8 +200,20 @@ class _Cores:
         for edge in reversed(self.edges):
             self.move(edge.child, edge.parent, edge.bond)
 
+    def norm(self, name: str) -> float:
+        """Norm of the center after a sweep up, refused where it is not finite."""
+        center = self.values[self.center].detach()
+        value = float(torch.linalg.vector_norm(center, dtype=torch.promote_types(center.dtype, torch.float64)))
+        if not isfinite(value):
+            raise ValueError(f"{name}: the network must have a finite norm, got {value}; look for NaN, inf or overflow")
+        return value
+
     def sweep_down(self, caps: dict[str, int] | None, threshold: float | None) -> tuple[dict[str, Tensor], float, bool]:
-        """Depth first from the center: SVD at each bond, cut, go down with the center, come back by QR.
+        """Depth first from the center: go down by QR, come back by SVD and cut each bond on the way.
+
+        A bond is cut when its whole subtree is done, so that all later cuts are on the other side of it; only then do
+        the squared errors add up. (Cutting on the way down, later cuts fall on both sides of a bond where the tree
+        branches, and the cross terms do not vanish.)
 
         Returns the singular values before each cut, the discarded squared norm, and whether a cap cut more than the
         tolerance would have. What a cut leaves of its share of the budget goes to the later cuts.
@@ -185,12 +221,10 @@ class _Cores:
         spectra: dict[str, Tensor] = {}
         discarded, bound, left = 0.0, False, len(self.edges)
         budget = None if threshold is None else threshold**2
-        trail: list[TreeEdge] = []
-        for edge in self.edges:
-            while trail and trail[-1].child != edge.parent:
-                last = trail.pop()
-                self.move(last.child, last.parent, last.bond)
-            matrix, axis, others = self.matrix(edge.parent, edge.bond)
+
+        def come_back(edge: TreeEdge) -> None:
+            nonlocal discarded, bound, left
+            matrix, axis, others = self.matrix(edge.child, edge.bond)
             u, s, vh = safe_svd(matrix)
             spectra[edge.bond] = s
             squares = s.detach().double().square()
@@ -200,9 +234,15 @@ class _Cores:
                 keep, bound = min(free, most), bound or most < free
             discarded += float(squares[keep:].sum())
             left -= 1
-            self.set_matrix(edge.parent, u[:, :keep], axis, others)
-            self.absorb(edge.child, edge.bond, s[:keep, None] * vh[:keep])
+            self.set_matrix(edge.child, u[:, :keep], axis, others)
+            self.absorb(edge.parent, edge.bond, s[:keep, None] * vh[:keep])
+
+        trail: list[TreeEdge] = []
+        for edge in self.edges:
+            while trail and trail[-1].child != edge.parent:
+                come_back(trail.pop())
+            self.move(edge.parent, edge.child, edge.bond)
             trail.append(edge)
-        for last in reversed(trail):
-            self.move(last.child, last.parent, last.bond)
+        while trail:
+            come_back(trail.pop())
         return spectra, discarded, bound

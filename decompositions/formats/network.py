@@ -322,17 +322,17 @@ def tree_edges(legs: tuple[Labels, ...], rows: Labels, cols: Labels, root: int) 
         )
     outside = set(rows + cols)
     edges: list[TreeEdge] = []
-    stack: list[tuple[int, str | None]] = [(root, None)]
+    stack = [TreeEdge(-1, root, "")]  # the root's own entry leads to no parent
     while stack:
-        node, above = stack.pop()
-        below = []
-        for bond in legs[node]:
-            if bond in outside or bond == above:
-                continue
-            child = next(k for k, leg in enumerate(legs) if k != node and bond in leg)
-            below.append(TreeEdge(node, child, bond))
-        edges.extend(below)
-        stack.extend((edge.child, edge.bond) for edge in reversed(below))
+        above = stack.pop()
+        if above.parent >= 0:
+            edges.append(above)
+        below = [
+            TreeEdge(above.child, next(k for k, other in enumerate(legs) if k != above.child and bond in other), bond)
+            for bond in legs[above.child]
+            if bond not in outside and (above.parent < 0 or bond != above.bond)
+        ]
+        stack.extend(reversed(below))  # a subtree is finished before its sibling starts: a center can walk this order
     return tuple(edges)
 
 

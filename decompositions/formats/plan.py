@@ -157,8 +157,17 @@ def _plan_apply(
 
 
 # Plans are constants of the traced program: under torch.compile they are made while tracing, from shapes.
-_plan_path_constant = torch.compiler.assume_constant_result(_plan_path)
-_plan_apply_constant = torch.compiler.assume_constant_result(_plan_apply)
+# (Plain functions: dynamo looks through an lru_cache wrapper, mark included, and would trace opt_einsum.)
+@torch.compiler.assume_constant_result
+def _plan_path_constant(inputs: tuple[Labels, ...], sizes: Sizes, output: Labels, itemsize: int) -> Plan:
+    return _plan_path(inputs, sizes, output, itemsize)
+
+
+@torch.compiler.assume_constant_result
+def _plan_apply_constant(
+    legs: tuple[Labels, ...], rows: Labels, cols: Labels, sizes: Sizes, batch: int, itemsize: int
+) -> tuple[Plan, ...]:
+    return _plan_apply(legs, rows, cols, sizes, batch, itemsize)
 
 
 def plan_path(inputs: Sequence[Labels], sizes: dict[str, int], output: Labels, itemsize: int = 4) -> Plan:
@@ -185,10 +194,15 @@ def bucket(batch: int) -> int:
     return 1 << max(batch - 1, 0).bit_length()
 
 
-def run(steps: Sequence[Step], operands: Sequence[Tensor]) -> Tensor:
-    """Execute a plan's steps; the result of the last one is returned."""
-    values: list[Tensor] = list(operands)
+def extend(steps: Sequence[Step], operands: Sequence[Tensor]) -> list[Tensor]:
+    """Execute steps; return the operands with every step's result appended, as the steps number them."""
+    values = list(operands)
     for left, right, equation in steps:
         pair = (values[left],) if right < 0 else (values[left], values[right])
         values.append(torch.einsum(equation, *pair))
-    return values[-1]
+    return values
+
+
+def run(steps: Sequence[Step], operands: Sequence[Tensor]) -> Tensor:
+    """Execute a plan's steps; the result of the last one is returned."""
+    return extend(steps, operands)[-1]

@@ -74,6 +74,8 @@ class TT(Network):
         """Shapes alone, on the meta device. `rank`: a cap for all bonds, or an entry for each in chain order."""
         sizes = (*row_modes, *col_modes)
         chain = tuple(range(len(sizes))) if axes is None else tuple(axes)
+        if sorted(chain) != list(range(len(sizes))):
+            raise ValueError(f"TT: axes must be a permutation of 0..{len(sizes) - 1} (one per core), got {chain}")
         ranks = check_ranks("TT", rank, chain_ranks([sizes[k] for k in chain]))
         shapes = chain_shapes([(sizes[k],) for k in chain], ranks)
         return cls([torch.empty(shape, device="meta") for shape in shapes], len(row_modes), chain)

@@ -84,6 +84,8 @@ class Tucker(Network):
         """Shapes alone, on the meta device. `rank`: a cap for all factors, or an entry for each of `modes`."""
         sizes = (*row_modes, *col_modes)
         modes = tuple(range(len(sizes))) if modes is None else tuple(modes)
+        if len(set(modes)) != len(modes) or any(not 0 <= k < len(sizes) for k in modes):
+            raise ValueError(f"Tucker: modes must be distinct axes in 0..{len(sizes) - 1}, got {modes}")
         ranks = dict(zip(modes, check_ranks("Tucker", rank, [sizes[k] for k in modes], "mode"), strict=True))
         core = torch.empty([ranks.get(k, size) for k, size in enumerate(sizes)], device="meta")
         factors = [torch.empty(sizes[k], ranks[k], device="meta") for k in modes]

@@ -1,0 +1,378 @@
+"""Whole models: policies, ties, settings, refusals by name, and a report whose numbers are true."""
+
+import copy
+import sys
+import types
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import tnlayers
+from decompositions import LowRank, numel, svd, to_matrix, tt_svd, ttm_svd, tucker2
+from tnlayers.convert import break_even_rank
+from tnlayers.layer import NetworkLayer
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=(2, 1), padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding="same", padding_mode="circular"),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 8, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+class Residual(nn.Module):
+    """A ResNet basic block with its shortcut."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def test_full_rank_leaves_a_model_unchanged():
+    model = small_net().double()
+    dense = copy.deepcopy(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    report = tnlayers.tensorize(
+        model, {nn.Conv2d: tucker2, "4": partial(ttm_svd, order=3), "6": svd}, skip_if_no_gain=False
+    )
+    assert [row.status for row in report.rows] == ["converted"] * 4
+    assert torch.allclose(model(x), dense(x), atol=1e-12)
+    assert all(row.error < 1e-14 for row in report.rows)
+
+
+def test_report_rows_are_true():
+    torch.manual_seed(0)
+    model = small_net()
+    dense = copy.deepcopy(model)
+    example = torch.randn(5, 3, 8, 8)
+    report = tnlayers.tensorize(
+        model, {nn.Conv2d: partial(tucker2, rank=4), "4": partial(svd, rank=8)}, example_input=example
+    )
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["0", "2", "4", "6"]
+    assert rows["6"].status == "kept"
+    assert rows["6"].reason == "no rule matches"
+    for name in ("0", "2", "4"):
+        row, layer, source = rows[name], model[int(name)], dense[int(name)]
+        exact = source.weight.detach().double()
+        difference = layer.weight.detach().double() - exact
+        assert row.error == pytest.approx(float(difference.norm() / exact.norm()), rel=1e-6)
+        bias = 0 if source.bias is None else source.bias.numel()
+        assert row.params == numel(layer.network) + bias
+        assert row.params_dense == source.weight.numel() + bias
+        assert row.ranks == layer.network.ranks
+    assert rows["4"].flops_dense == 2 * 1024 * 64
+    assert rows["4"].flops == 2 * 8 * (1024 + 64) + 2 * 8 * 8  # x V, S, U
+    assert rows["2"].flops_dense == 2 * 32 * 16 * 9 * 4 * 8
+    assert rows["2"].flops == 2 * 4 * 8 * (16 * 4 + 4 * 4 * 9 + 4 * 32)
+    assert report.params_dense == sum(p.numel() for p in dense.parameters())
+    assert report.params == sum(row.params for row in report.rows)
+    low = rows["4"]
+    wanted = torch.linalg.svdvals(dense[4].weight.detach().double())
+    (bond,) = low.spectra
+    assert torch.allclose(torch.tensor(low.spectra[bond], dtype=torch.float64), wanted, atol=1e-6)
+    assert low.cuts == {bond: 8}
+    assert low.break_even_rank == 64 * 1024 // (64 + 1024)
+
+
+def test_output_bounds_hold_on_adversarial_inputs():
+    """Power iteration on the difference of the layers finds the worst x; the bound must stand above it."""
+    torch.manual_seed(1)
+    settings = [
+        nn.Linear(20, 30),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.Conv2d(4, 8, (3, 1), groups=2, padding=(1, 0), stride=(1, 2)),
+        nn.Conv1d(4, 6, 5, dilation=2),
+    ]
+    for dense in settings:
+        model = nn.Sequential(copy.deepcopy(dense)).double()
+        reference = copy.deepcopy(model)
+        (row,) = tnlayers.tensorize(model, partial(svd, rank=1), skip_if_no_gain=False).rows
+        shape = (1, 20) if isinstance(dense, nn.Linear) else (1, 4, *(11,) * (dense.weight.ndim - 2))
+        x = torch.randn(shape, dtype=torch.float64)
+
+        def change(x, model=model, reference=reference):
+            return model(x) - reference(x)
+
+        for _ in range(60):
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(change(x).square().sum(), x)
+            x = gradient / gradient.norm()
+        worst = float(change(x.detach()).detach().norm())
+        assert 0 < worst <= row.output_bound * (1 + 1e-9)
+        if isinstance(dense, nn.Linear):
+            assert worst == pytest.approx(row.output_bound, rel=1e-3)
+
+
+def test_policy_first_match_wins_and_exclude():
+    model = small_net()
+    report = tnlayers.tensorize(
+        model,
+        {"4": partial(svd, rank=3), nn.Linear: partial(svd, rank=2), nn.Conv2d: tucker2},
+        exclude=["2"],
+        skip_if_no_gain=False,
+    )
+    rows = {row.name: row for row in report.rows}
+    assert rows["4"].ranks == (3, 3)
+    assert rows["6"].ranks == (2, 2)
+    assert rows["2"].reason == "excluded"
+    assert isinstance(model[2], nn.Conv2d)
+    assert model[0].stride == (2, 1)
+    assert model[0].bias is None
+
+
+def test_no_gain_is_skipped_and_said():
+    model = nn.Sequential(nn.Linear(8, 8))
+    (row,) = tnlayers.tensorize(model, partial(svd, rank=7)).rows
+    assert row.status == "kept"
+    assert "112 parameters" in row.reason
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        ({"encoder.*": svd}, {}, r"'encoder.\*'"),
+        ({nn.LSTM: svd}, {}, "LSTM"),
+        ({"4": svd}, {"exclude": ["fc1"]}, "'fc1'"),
+        ({"4": 7}, {}, "callable"),
+        (3, {}, "mapping"),
+        ({5: svd}, {}, "nn.Module types"),
+    ],
+)
+def test_bad_policies_are_refused_before_anything_changes(policy, options, message):
+    model = small_net()
+    before = str(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        tnlayers.tensorize(model, policy, **options)
+    assert str(model) == before
+
+
+def test_a_failing_recipe_names_the_layer_and_leaves_the_model_as_it_was():
+    model = small_net()
+    before, state = str(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"tensorize: 6 \(Linear \(10, 64\)\): .*row_modes=\(2, 2\)"):
+        tnlayers.tensorize(
+            model, {"4": partial(svd, rank=2), "6": partial(ttm_svd, row_modes=(2, 2), col_modes=(8, 8))}
+        )
+    with torch.no_grad():
+        model[4].weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"tensorize: 4 .*1 infinite"):
+        tnlayers.tensorize(model, partial(svd, rank=2))
+    assert str(model) == before
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if key != "4.weight")
+
+
+def test_what_cannot_be_replaced_is_kept_by_name():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict(
+        {
+            "parametrized": parametrizations.weight_norm(nn.Linear(8, 8)),
+            "hooked": hooked,
+            "lazy": nn.LazyLinear(8),
+            "meta": nn.Linear(8, 8, device="meta"),
+            "normed": nn.Embedding(10, 8, max_norm=1.0),
+            "sparse": nn.Embedding(10, 8, sparse=True),
+            "scaled": Scaled(8, 8),
+            "plain": nn.Linear(8, 8),
+        }
+    )
+    report = tnlayers.tensorize(model, partial(svd, rank=1))
+    reasons = {row.name: row.reason for row in report.rows}
+    assert "parametrize" in reasons["parametrized"]
+    assert "hooks" in reasons["hooked"]
+    assert "not initialised" in reasons["lazy"]
+    assert "meta device" in reasons["meta"]
+    assert "max_norm=1.0" in reasons["normed"]
+    assert "sparse=True" in reasons["sparse"]
+    assert "scaled" not in reasons  # another forward is another function
+    assert reasons["plain"] == ""
+    assert isinstance(model["plain"], NetworkLayer)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.inner = nn.Linear(16, 16)
+        self.again = self.inner  # one module under two names
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.again(F.relu(self.inner(self.embed(tokens)))))
+
+
+def test_tied_weights_stay_tied():
+    model = Tied()
+    report = tnlayers.tensorize(model, partial(svd, rank=4))
+    assert all(a is b for a, b in zip(model.embed.cores, model.head.cores, strict=True))
+    assert model.inner is model.again
+    assert [row.name for row in report.rows] == ["embed", "inner", "head"]
+    tokens = torch.randint(0, 40, (3, 5))
+    model(tokens).sum().backward()
+    assert torch.allclose(model.embed.weight, model.head.weight)
+    assert report.params == sum(p.numel() for p in model.parameters()) - 2 * 16  # S of two LowRanks counts merged
+    tnlayers.densify(model)
+    assert model.embed.weight is model.head.weight
+    assert model.inner is model.again
+
+
+def test_a_tie_to_something_dense_keeps_both_dense():
+    model = Tied()
+    report = tnlayers.tensorize(model, partial(svd, rank=4), exclude=["head"])
+    reasons = {row.name: row.reason for row in report.rows}
+    assert "tied to head.weight" in reasons["embed"]
+    assert model.embed.weight is model.head.weight
+    model = Tied()
+    model.extra = model.embed.weight  # a bare Parameter elsewhere
+    reasons = {row.name: row.reason for row in tnlayers.tensorize(model, partial(svd, rank=4)).rows}
+    assert "tied to" in reasons["embed"]
+    assert "tied to" in reasons["head"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_transformer_encoder_tensorizes_and_runs(training):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
+    dense = copy.deepcopy(model)
+    full = copy.deepcopy(model)
+    x = torch.randn(3, 5, 32)
+    report = tnlayers.tensorize(full, svd, skip_if_no_gain=False)
+    assert {row.kind for row in report.rows} == {"Linear", "NonDynamicallyQuantizableLinear"}
+    with torch.set_grad_enabled(training):
+        assert torch.allclose(full(x), dense(x), atol=1e-5)
+    report = tnlayers.tensorize(
+        model, {"*.linear?": partial(ttm_svd, order=2, rank=6), "*.out_proj": partial(svd, rank=4)}
+    )
+    assert sum(row.status == "converted" for row in report.rows) == 6
+    assert model(x).shape == dense(x).shape
+    if training:
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_multihead_attention_tensorizes_and_runs():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    model = nn.ModuleDict({"attention": attention})
+    dense = copy.deepcopy(attention)
+    tnlayers.tensorize(model, svd, skip_if_no_gain=False)
+    x = torch.randn(2, 4, 16)
+    assert isinstance(model["attention"].out_proj, NetworkLayer)
+    assert torch.allclose(model["attention"](x, x, x)[0], dense(x, x, x)[0], atol=1e-5)
+
+
+def test_resnet_block_tensorizes_and_runs():
+    model = nn.Sequential(Residual(8, 16, 2), Residual(16, 16, 1)).eval()
+    dense = copy.deepcopy(model)
+    x = torch.randn(2, 8, 9, 9)
+    full = copy.deepcopy(model)
+    tnlayers.tensorize(full, tt_svd, skip_if_no_gain=False)
+    assert torch.allclose(full(x), dense(x), atol=1e-5)
+    report = tnlayers.tensorize(model, partial(tucker2, rank=4))
+    assert report.params < report.params_dense
+    model.train()
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_hugging_face_conv1d_is_transposed(monkeypatch):
+    class Conv1D(nn.Module):
+        """Same interface as transformers.pytorch_utils.Conv1D: weight (in, out), `nf` outputs."""
+
+        def __init__(self, nf, nx):
+            super().__init__()
+            self.nf = nf
+            self.weight = nn.Parameter(torch.randn(nx, nf))
+            self.bias = nn.Parameter(torch.randn(nf))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    package, module = types.ModuleType("transformers"), types.ModuleType("transformers.pytorch_utils")
+    module.Conv1D = Conv1D
+    monkeypatch.setitem(sys.modules, "transformers", package)
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", module)
+    model = nn.Sequential(Conv1D(24, 12))
+    dense = copy.deepcopy(model)
+    (row,) = tnlayers.tensorize(model, svd, skip_if_no_gain=False).rows
+    x = torch.randn(5, 12)
+    assert torch.allclose(model(x), dense(x), atol=1e-4)
+    assert model[0].weight.shape == (24, 12)
+    assert row.shape == (12, 24)
+    assert row.error < 1e-6
+
+
+def test_the_model_itself_cannot_be_replaced_in_place():
+    with pytest.raises(ValueError, match=r"Linear\.from_dense"):
+        tnlayers.tensorize(nn.Linear(8, 8), partial(svd, rank=1))
+
+
+def test_densify_and_summary():
+    model = small_net()
+    tnlayers.tensorize(model, partial(svd, rank=4))
+    x = torch.randn(2, 3, 8, 8)
+    y = model(x)
+    text = tnlayers.summary(model)
+    assert "LowRank(64 | 1024, ranks=(4, 4)" in text
+    assert "4,352" in text
+    tnlayers.densify(model)
+    assert not any(isinstance(module, NetworkLayer) for module in model.modules())
+    assert torch.allclose(model(x), y, atol=1e-5)
+    assert model[2].padding_mode == "circular"
+    assert model[2].padding == "same"
+
+
+def test_example_input_sets_the_plans_and_leaves_modes_alone():
+    model = small_net()
+    model[1].eval()
+    tnlayers.tensorize(model, partial(svd, rank=4), example_input=torch.randn(7, 3, 8, 8))
+    assert model[4]._hint == 7
+    assert model.training
+    assert not model[1].training
+
+
+def test_progress_is_told():
+    calls = []
+    tnlayers.tensorize(small_net(), partial(svd, rank=2), progress=lambda *args: calls.append(args))
+    assert calls == [(0, 4, "0"), (1, 4, "2"), (2, 4, "4"), (3, 4, "6")]
+
+
+def test_break_even_rank_is_where_the_count_crosses():
+    for net in (
+        LowRank.random(row_modes=(60,), col_modes=(90,), rank=1),
+        ttm_svd(torch.randn(60, 90), rank=2),
+        tucker2(torch.randn(30, 20, 3, 3), rank=2),
+    ):
+        dense = to_matrix(net).numel()
+        rank = break_even_rank(net, dense)
+        format = type(net)
+        options = {"modes": (0, 1)} if net.order == 4 else {}
+        if format.__name__ == "TTMatrix" or options or format is LowRank:
+            make = partial(format.random, row_modes=net.row_modes, col_modes=net.col_modes, **options)
+            assert numel(make(rank=rank)) < dense
+            assert numel(make(rank=rank + 1)) >= dense or make(rank=rank + 1).ranks == make(rank=rank).ranks

@@ -1,0 +1,278 @@
+"""Save and load models with tensor layers: safetensors for the numbers, JSON for the structure, never code.
+
+The structure is also kept in the safetensors header, so that the one file that is renamed into place is complete; the
+JSON beside it is for people and tools.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decompositions import Network
+from decompositions.formats.network import check_labels
+from tnlayers.files import atomic_target, write_atomic
+from tnlayers.layer import NetworkLayer, Structure
+from tnlayers.surgery import network_layers, replace, sites, stand_in_for
+
+FORMAT_VERSION = 1
+KEY = "tnlayers"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write a model's numbers to `path` (safetensors) and its structure to the same name with `.json`.
+
+    Tied tensors are stored once and listed. Both files are written under temporary names, synced and renamed: a
+    killed process leaves the old file or the new one. Dense models can be saved too.
+
+    Args:
+        model: any module.
+        path: file name; `.safetensors` is appended if it has no suffix.
+
+    Returns:
+        The path of the safetensors file.
+
+    Raises:
+        ValueError: tensors on the meta device, or a folder that does not exist.
+
+    Example:
+        >>> import tempfile, tnlayers
+        >>> from torch import nn
+        >>> from decompositions import LowRank
+        >>> net = nn.Sequential(tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=2)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = tnlayers.save(net, f"{folder}/net.safetensors")
+        ...     again = tnlayers.load(file, nn.Sequential(nn.Linear(8, 8)))
+        >>> again[0].network.ranks
+        (2, 2)
+    """
+    from safetensors.torch import save_file
+
+    file = Path(path)
+    file = file if file.suffix else file.with_suffix(".safetensors")
+    if not file.parent.is_dir():
+        raise ValueError(f"save: the folder must exist, got {str(file.parent)!r}")
+    tensors, ties = _unique_tensors(model)
+    plan = {
+        "format_version": FORMAT_VERSION,
+        "torch": torch.__version__,
+        "layers": {name: _describe(layer) for name, layer in network_layers(model)},
+        "ties": ties,
+        "tensors": {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()},
+    }
+    text = json.dumps(plan, indent=1, sort_keys=True)
+    with atomic_target(file) as temporary:
+        save_file(tensors, temporary, metadata={KEY: text, "sha256": _digest(text)})
+    write_atomic(file.with_suffix(".json"), text + "\n")
+    return file
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str = "cpu") -> nn.Module:
+    """Give a model the structure and the numbers of a saved one.
+
+    `model` is an instance of the same class, dense or tensorized, on any device, the meta device included; its layers
+    are replaced where the file says so and the tensors are assigned, so dense weights of a meta model are never
+    allocated. Labels and shapes are checked before anything is allocated, and nothing is changed if a check fails.
+
+    Args:
+        path: the safetensors file that `save` wrote.
+        model: changed in place.
+        device: where the tensors go.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, another version, layers or tensors that the model does not have; each by name.
+
+    Example:
+        >>> import tempfile, torch, tnlayers
+        >>> from torch import nn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = tnlayers.save(nn.Linear(2, 2), f"{folder}/plain")
+        ...     with torch.device("meta"):
+        ...         model = nn.Linear(2, 2)
+        ...     tnlayers.load(file, model).weight.device.type
+        'cpu'
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"load: expected a file written by tnlayers.save, got {str(file)!r}, which does not exist"
+        )
+    plan, shapes = _read_header(file)
+    changes = _plan_changes(file, plan, shapes, model)
+    expected = _expected_keys(model, changes)
+    ties = dict(plan["ties"])
+    stored = set(shapes) | set(ties)
+    missing, unexpected = sorted(expected - stored), sorted(stored - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"load: {file.name} must hold the tensors of the model, missing {missing[:5]} ({len(missing)}), "
+            f"unexpected {unexpected[:5]} ({len(unexpected)}); is it the same model class?"
+        )
+    by_name = {site.name: site for site in sites(model)}
+    own = dict(model.state_dict())
+    made = {f"{name}.{key}".lstrip("."): t for name, layer in changes.items() for key, t in layer.state_dict().items()}
+    for key in sorted(expected):
+        wanted = tuple((made.get(key) if key in made else own[key]).shape)  # type: ignore[union-attr]
+        if shapes[ties.get(key, key)] != wanted:
+            raise ValueError(f"load: {key} must have shape {wanted}, got {shapes[ties.get(key, key)]} in {file.name}")
+    values = _read_tensors(file, device)
+    for name, layer in changes.items():
+        if name:
+            replace(model, by_name[name], layer)
+        else:
+            model = layer
+    model.load_state_dict({key: values[ties.get(key, key)] for key in expected}, assign=True)
+    for other, first in ties.items():
+        _tie(model, other, first)
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise ValueError(
+            f"load: every tensor must come from the file, but these are left on the meta device: {left[:5]} "
+            "(non-persistent buffers?); build the model on a real device"
+        )
+    return model
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _describe(layer: NetworkLayer) -> dict[str, Any]:
+    net = layer.network
+    return {
+        "layer": type(layer).__name__,
+        "weight_shape": list(layer.weight_shape),
+        "format": type(net).__name__,
+        "legs": [list(leg) for leg in net.legs],
+        "rows": list(net.rows),
+        "cols": list(net.cols),
+        "ranks": list(net.ranks),
+    }
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State dict without repetitions, contiguous; and for each repeated name the name under which it is stored."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"save: expected tensors alone in the state dict, got {type(value).__name__} at {name!r}")
+        if value.is_meta:
+            raise ValueError(f"save: {name} is on the meta device and has no numbers; load or initialise it first")
+        data = value.detach()
+        key = (data.data_ptr(), data.dtype, tuple(data.shape), data.stride(), data.device)
+        if data.numel() and key in first:
+            ties[name] = first[key]
+            continue
+        first[key] = name
+        tensors[name] = data.contiguous()
+    owners: dict[int, str] = {}  # views of one storage cannot be stored as they are: safetensors wants them apart
+    for name, data in tensors.items():
+        storage = data.untyped_storage().data_ptr()
+        if data.numel() and owners.setdefault(storage, name) != name:
+            tensors[name] = data.clone()
+    return tensors, ties
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Structure and shapes, without allocating a tensor; damaged and foreign files are refused by name."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"load: {file.name} is not a readable safetensors file ({error}); it may be cut short"
+        ) from None
+    text = metadata.get(KEY)
+    if text is None:
+        raise ValueError(
+            f"load: {file.name} has no tnlayers structure in its header (found {sorted(metadata)}), expected a file "
+            "written by tnlayers.save; use safetensors.torch.load_file and load_state_dict for others"
+        )
+    if metadata.get("sha256") != _digest(text):
+        raise ValueError(f"load: the structure in {file.name} does not match its checksum; the file is damaged")
+    plan = json.loads(text)
+    if plan.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"load: {file.name} has format version {plan.get('format_version')}, expected {FORMAT_VERSION}; "
+            "use the version of tnlayers that wrote it"
+        )
+    return plan, shapes
+
+
+def _plan_changes(
+    file: Path, plan: dict[str, Any], shapes: dict[str, tuple[int, ...]], model: nn.Module
+) -> dict[str, NetworkLayer]:
+    """New layers on the meta device for every tensor layer of the file; the model is not touched."""
+    modules = dict(model.named_modules())
+    ties = dict(plan["ties"])
+    changes: dict[str, NetworkLayer] = {}
+    for name, row in plan["layers"].items():
+        where = f"load: layer {name!r} of {file.name}"
+        if name not in modules:
+            raise ValueError(f"{where} must exist in the model, got {type(model).__name__} without it")
+        module = modules[name]
+        layer_class: Any = type(module) if isinstance(module, NetworkLayer) else stand_in_for(module)
+        if layer_class is None or layer_class.__name__ != row["layer"]:
+            raise ValueError(f"{where} must be a {row['layer']} layer, got {type(module).__name__} in the model")
+        format = Network.formats.get(row["format"])
+        if format is None:
+            raise ValueError(
+                f"{where} has the format {row['format']!r}, expected one of {sorted(Network.formats)}; "
+                "import the module that defines it"
+            )
+        keys = [f"{name}.cores.{k}".lstrip(".") for k in range(len(row["legs"]))]
+        keys = [ties.get(key, key) for key in keys]
+        if any(key not in shapes for key in keys):
+            raise ValueError(f"{where} lacks cores: expected {keys}, got {sorted(k for k in keys if k in shapes)}")
+        structure = Structure(format, tuple(map(tuple, row["legs"])), tuple(row["rows"]), tuple(row["cols"]))
+        core_shapes = [shapes[key] for key in keys]
+        check_labels(where, core_shapes, *structure[1:])
+        net = format._unchecked([torch.empty(shape, device="meta") for shape in core_shapes], *structure[1:])
+        net._check()
+        source = copy.deepcopy(module).to("meta").to_dense_module() if isinstance(module, NetworkLayer) else module
+        changes[name] = layer_class.from_dense(
+            source, lambda _, net=net: net
+        )  # settings of the old, shapes of the file
+    return changes
+
+
+def _expected_keys(model: nn.Module, changes: dict[str, NetworkLayer]) -> set[str]:
+    """Keys that the changed model's state dict will have."""
+    keys = set(model.state_dict())
+    for name, layer in changes.items():
+        prefix = f"{name}." if name else ""
+        keys = {key for key in keys if not key.startswith(prefix)} | {prefix + key for key in layer.state_dict()}
+    return keys
+
+
+def _read_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load: {file.name} cannot be read ({error})") from None
+
+
+def _tie(model: nn.Module, other: str, first: str) -> None:
+    """Make two names one Parameter again."""
+    source_name, _, source_key = first.rpartition(".")
+    target_name, _, target_key = other.rpartition(".")
+    source, target = model.get_submodule(source_name), model.get_submodule(target_name)
+    if source_key in source._parameters and target_key in target._parameters:
+        target._parameters[target_key] = source._parameters[source_key]

@@ -1,0 +1,379 @@
+"""Convolutions whose kernel is a network, run as a chain of small convolutions."""
+
+from collections.abc import Callable, Sequence
+from math import ceil, prod, sqrt
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Inexact
+from torch import Tensor, nn
+
+from decompositions import Network
+from decompositions.formats.plan import bucket, extend
+from tnlayers.conv_plan import ConvPlan, ConvShape, ConvStep, conv_plans
+from tnlayers.init import default_std
+from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, run_recipe, spectral_bound
+from tnlayers.linear import copy_settings
+
+PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+HINT_SIDE = 32
+"""Spatial size that a plan is made for before the layer has seen an input."""
+
+
+class _ConvNd(NetworkLayer):
+    """What Conv1d, Conv2d and Conv3d share; `spatial_dims` is the number of kernel axes."""
+
+    spatial_dims: ClassVar[int]
+    dense_class: ClassVar[type[nn.Module]]
+    _conv: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        network: Network | NetworkFactory | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if groups < 1 or in_channels < 1 or out_channels < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{name}: groups must divide both channel counts, got in_channels={in_channels}, "
+                f"out_channels={out_channels}, groups={groups}"
+            )
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"{name}: padding_mode must be one of {tuple(PADDING_MODES)}, got {padding_mode!r}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = self._per_axis("kernel_size", kernel_size, 1)
+        self.stride = self._per_axis("stride", stride, 1)
+        self.dilation = self._per_axis("dilation", dilation, 1)
+        self.padding_mode = padding_mode
+        self.padding, self._pads = self._read_padding(padding)
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self._start(shape, network, recipe, dtype, device, default_std(shape))
+        first = self.cores[0]
+        self.bias = nn.Parameter(torch.empty(out_channels, dtype=first.dtype, device=first.device)) if bias else None
+        if self.bias is not None:
+            bound = 1 / sqrt(prod(shape[1:]))
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _per_axis(self, what: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
+        values = (value,) * self.spatial_dims if isinstance(value, int) else tuple(value)
+        if len(values) != self.spatial_dims or any(not isinstance(v, int) or v < least for v in values):
+            raise ValueError(
+                f"{type(self).__name__}: {what} needs {self.spatial_dims} integers >= {least}, got {value!r}"
+            )
+        return values
+
+    def _read_padding(
+        self, padding: int | str | Sequence[int]
+    ) -> tuple[str | tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """Return torch's attribute, and the zeros before and after each axis."""
+        if not isinstance(padding, str):
+            widths = self._per_axis("padding", padding, 0)
+            return widths, tuple((width, width) for width in widths)
+        if padding == "valid":
+            return padding, ((0, 0),) * self.spatial_dims
+        if padding != "same":
+            raise ValueError(f"{type(self).__name__}: padding must be integers, 'same' or 'valid', got {padding!r}")
+        if any(stride != 1 for stride in self.stride):
+            raise ValueError(f"{type(self).__name__}: padding='same' needs stride 1, got stride={self.stride}")
+        totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return padding, tuple((total // 2, total - total // 2) for total in totals)
+
+    @classmethod
+    def from_dense(cls, conv: nn.Module, recipe: Recipe) -> Self:
+        """Layer that stands in for a trained convolution: kernel by recipe, every setting kept.
+
+        Args:
+            conv: the `torch.nn` convolution of the same dimension.
+            recipe: a callable dense kernel (out, in / groups, *kernel) -> Network.
+
+        Raises:
+            TypeError: another module.
+        """
+        if not isinstance(conv, cls.dense_class):
+            raise TypeError(
+                f"{cls.__name__}.from_dense: expected a torch.nn.{cls.dense_class.__name__}, got {type(conv).__name__}"
+            )
+        source: Any = conv
+        net = run_recipe(f"{cls.__name__}.from_dense", recipe, source.weight.detach())
+        layer = cls(
+            source.in_channels,
+            source.out_channels,
+            source.kernel_size,
+            source.stride,
+            source.padding,
+            source.dilation,
+            source.groups,
+            source.bias is not None,
+            source.padding_mode,
+            device=source.weight.device,
+            dtype=source.weight.dtype,
+            network=net,
+        )
+        copy_settings(source, layer, source.weight, source.bias)
+        return layer
+
+    def to_dense_module(self) -> nn.Module:
+        """Return the `torch.nn` convolution with the same function."""
+        first = self.cores[0]
+        dense: Any = self.dense_class(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device=first.device,
+            dtype=first.dtype,
+        )
+        with torch.no_grad():
+            dense.weight.copy_(self.weight)
+        copy_settings(self, dense, first, self.bias)
+        return dense
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel (out, in / groups, *kernel), differentiable with respect to the cores."""
+        matrix = self._dense().reshape(prod(self.network.row_modes), -1)
+        return matrix[: self.out_channels].reshape(self.weight_shape)
+
+    def out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """Spatial sizes of the output for those of the input."""
+        return tuple(
+            (n + before + after - d * (k - 1) - 1) // s + 1
+            for n, (before, after), d, k, s in zip(
+                spatial, self._pads, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+
+    def _make_plan(self, rows: Any) -> ConvPlan:
+        return self._plans_at(rows, (HINT_SIDE,) * self.spatial_dims)[0]
+
+    def _plans_at(self, batch: int, spatial: Sequence[int]) -> tuple[ConvPlan, ...]:
+        net = self.network
+        at_least = [max(n, d * (k - 1) + 1) for n, d, k in zip(spatial, self.dilation, self.kernel_size, strict=True)]
+        shape = ConvShape(batch, tuple(at_least), self.out_spatial(at_least), self.kernel_size, self.groups)
+        sizes = tuple(net.sizes.items())
+        return conv_plans(net.legs, net.rows, net.cols, sizes, self.weight_shape, shape, net.dtype.itemsize)
+
+    def _conv_plan(self, x: Tensor) -> ConvPlan:
+        """The stored plan while tracing, else the one for the powers of two above this batch and these sizes."""
+        if torch.compiler.is_compiling():
+            return self._stored
+        key = (bucket(x.shape[0]), *map(bucket, x.shape[2:]))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plans_at(key[0], key[1:])[0]
+            if self._hint is None and x.shape[0] > 0:
+                self._hint, self._stored = x.shape[0], plan
+        return plan
+
+    def forward(self, x: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
+        """Convolve: x is (batch, in_channels, *spatial) or (in_channels, *spatial), as for torch's layer."""
+        batched = x.ndim == self.spatial_dims + 2
+        if (
+            x.ndim not in (self.spatial_dims + 1, self.spatial_dims + 2)
+            or x.shape[-self.spatial_dims - 1] != self.in_channels
+        ):
+            axes = ", ".join("HWD"[: self.spatial_dims]) if self.spatial_dims > 1 else "L"
+            raise ValueError(
+                f"{type(self).__name__}: x must be ([batch,] channels, {axes}) with {self.in_channels} channels, "
+                f"got {tuple(x.shape)}"
+            )
+        y = self._convolve(x if batched else x.unsqueeze(0))
+        return y if batched else y.squeeze(0)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        plan = self._conv_plan(x)
+        padding = tuple(before for before, _ in self._pads)
+        uneven = any(before != after for before, after in self._pads)
+        if self.padding_mode != "zeros" or uneven:
+            widths = [width for pair in reversed(self._pads) for width in pair]
+            x = F.pad(x, widths, mode=PADDING_MODES[self.padding_mode])
+            padding = (0,) * self.spatial_dims
+        conv = type(self)._conv
+        if plan.strategy == "merge":
+            return conv(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self._run_chain(plan, x, padding)
+
+    def _run_chain(self, plan: ConvPlan, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+        net = self.network
+        cores = list(net.cores)
+        for split in plan.splits:
+            cores[split.core] = cores[split.core].unflatten(split.axis, split.sizes)
+        operands = extend(plan.steps, cores)
+        channels = list(plan.channels)
+        plain = plan.permute == tuple(range(len(plan.permute)))
+        for position, step in enumerate(plan.chain):
+            last = position == len(plan.chain) - 1 and plain and step.free == 0
+            x, channels = self._absorb(step, operands[step.operand], x, channels, padding, self.bias if last else None)
+        if not plain:
+            spatial = x.shape[2:]
+            x = x.reshape(x.shape[0], *channels, *spatial)
+            order = [0, *(1 + k for k in plan.permute), *range(1 + len(channels), x.ndim)]
+            x = x.permute(order).reshape(x.shape[0], -1, *spatial)
+        fused = plain and plan.chain[-1].free == 0
+        if self.bias is not None and not fused:
+            x = x + self.bias.reshape(-1, *(1 for _ in range(self.spatial_dims)))
+        return x
+
+    def _absorb(
+        self,
+        step: ConvStep,
+        core: Tensor,
+        x: Tensor,
+        channels: list[int],
+        padding: tuple[int, ...],
+        bias: Tensor | None,
+    ) -> tuple[Tensor, list[int]]:
+        """One small convolution: free channels ride in the batch, kept ones are groups, contracted ones are summed."""
+        batch, spatial = x.shape[0], x.shape[2:]
+        core = core.permute(step.axes)
+        shape = core.shape
+        kept, new = shape[: step.kept], shape[step.kept : step.kept + step.new]
+        contracted = shape[step.kept + step.new : step.kept + step.new + step.contracted]
+        kernel = _where(step.own, self.kernel_size, 1)
+        weight = core.reshape(prod(kept) * prod(new), prod(contracted), *kernel)
+        free = [channels[k] for k in step.order[: step.free]]
+        if step.free or step.order != tuple(range(len(step.order))):
+            x = x.reshape(batch, *channels, *spatial)
+            order = [0, *(1 + k for k in step.order), *range(1 + len(channels), x.ndim)]
+            x = x.permute(order).reshape(batch * prod(free), prod(kept) * prod(contracted), *spatial)
+        y = type(self)._conv(
+            x,
+            weight,
+            bias,
+            _where(step.dims, self.stride, 1),
+            _where(step.dims, padding, 0),
+            _where(step.dims, self.dilation, 1),
+            prod(kept),
+        )
+        if step.free:
+            y = y.reshape(batch, prod(free) * prod(kept) * prod(new), *y.shape[2:])
+        return y, [*free, *kept, *new]
+
+    def flops(self, batch: int = 1, *spatial: int) -> int:
+        """Multiply-adds times two of one forward pass over `batch` inputs of the given size (default: 32 a side)."""
+        return self._plans_at(batch, spatial or (HINT_SIDE,) * self.spatial_dims)[0].flops
+
+    @staticmethod
+    def dense_flops(weight_shape: tuple[int, ...], seen: Shapes | None) -> int:
+        """Dense multiply-adds times two of one sample; of one output position where nothing was seen."""
+        dims = len(weight_shape) - 2
+        return 2 * prod(weight_shape) * (1 if seen is None else prod(seen.output[-dims:]))
+
+    def sample_flops(self, seen: Shapes | None) -> int:
+        """Multiply-adds times two of one sample; per output position of a 32-sided input where nothing was seen."""
+        if seen is not None:
+            return self.flops(1, *seen.input[-self.spatial_dims :])
+        side = (HINT_SIDE,) * self.spatial_dims
+        return self.flops(1, *side) // max(1, prod(self.out_spatial(side)))
+
+    def output_bound(self, difference: Tensor) -> float:
+        """Bound of `‖y - y'‖ / ‖padded x‖`: an entry of x meets at most prod ceil(k / stride) kernel positions."""
+        repeats = prod(ceil(k / s) for k, s in zip(self.kernel_size, self.stride, strict=True))
+        return sqrt(repeats) * spectral_bound(difference.flatten(1))
+
+    def extra_repr(self) -> str:
+        """Torch's line, then format and equation."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for what, default in (("padding", (0,)), ("dilation", (1,))):
+            if getattr(self, what) != default * self.spatial_dims:
+                text += f", {what}={getattr(self, what)}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode}"
+        return f"{text}, bias={self.bias is not None}, {self._repr_network()}"
+
+
+def _where(chosen: Sequence[bool], values: Sequence[int], otherwise: int) -> tuple[int, ...]:
+    return tuple(value if here else otherwise for here, value in zip(chosen, values, strict=True))
+
+
+class Conv1d(_ConvNd):
+    """`torch.nn.Conv1d` whose kernel is a network; see `Conv2d`.
+
+    Example:
+        >>> import torch, tnlayers
+        >>> from decompositions import TT
+        >>> layer = tnlayers.Conv1d(4, 6, 3, padding="same", network=tnlayers.random_network(TT, rank=2))
+        >>> layer(torch.ones(2, 4, 10)).shape
+        torch.Size([2, 6, 10])
+    """
+
+    spatial_dims = 1
+    dense_class = nn.Conv1d
+    _conv = staticmethod(F.conv1d)
+
+
+class Conv2d(_ConvNd):
+    """`torch.nn.Conv2d` whose kernel is a network, run as a chain of small convolutions.
+
+    Every core is absorbed into x in turn: its channel legs are contracted, its kernel legs are convolved. Tucker-2
+    runs as 1x1, k x k, 1x1; a TT with axes (1, 2, 3, 0) as 1x1, k x 1, 1 x k, 1x1; networks that do not line up with
+    the axes of the kernel use the merged dense kernel. The order is chosen by predicted cost (`layer.plan()`).
+
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of y.
+        kernel_size: as in torch, as are stride, padding ("same" and "valid" too), dilation, groups and padding_mode.
+        stride: see torch.
+        padding: see torch.
+        dilation: see torch.
+        groups: see torch; the network stands for the kernel (out, in / groups, kh, kw).
+        bias: whether to add a bias.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        device: of the cores and the bias.
+        dtype: of the cores and the bias.
+        network: a Network, or a callable (shape, dtype, device) -> Network such as `tnlayers.random_network(...)`.
+        recipe: a callable dense kernel -> Network.
+
+    Raises:
+        ValueError: settings that torch refuses too; neither or both of network and recipe; a network that does not
+            cover the kernel.
+
+    Example:
+        >>> import torch, tnlayers
+        >>> from decompositions import Tucker
+        >>> factory = tnlayers.random_network(Tucker, rank=(4, 2), modes=(0, 1))
+        >>> layer = tnlayers.Conv2d(3, 8, 3, stride=(2, 1), padding=1, network=factory)
+        >>> layer(torch.ones(2, 3, 8, 8)).shape, layer.weight.shape
+        (torch.Size([2, 8, 4, 8]), torch.Size([8, 3, 3, 3]))
+    """
+
+    spatial_dims = 2
+    dense_class = nn.Conv2d
+    _conv = staticmethod(F.conv2d)
+
+
+class Conv3d(_ConvNd):
+    """`torch.nn.Conv3d` whose kernel is a network; see `Conv2d`.
+
+    Example:
+        >>> import torch, tnlayers
+        >>> from decompositions import LowRank
+        >>> layer = tnlayers.Conv3d(2, 4, 3, network=tnlayers.random_network(LowRank, rank=2))
+        >>> layer(torch.ones(1, 2, 5, 5, 5)).shape
+        torch.Size([1, 4, 3, 3, 3])
+    """
+
+    spatial_dims = 3
+    dense_class = nn.Conv3d
+    _conv = staticmethod(F.conv3d)

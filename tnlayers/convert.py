@@ -1,0 +1,363 @@
+"""Whole models to tensor layers and back, with an honest report."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decompositions import Network, bond_sides, numel, possible_ranks, unfold
+from decompositions.linalg import gram, relative_error
+from tnlayers.layer import NetworkLayer, Recipe, Shapes, run_recipe
+from tnlayers.report import LayerRow, Report
+from tnlayers.surgery import (
+    Policy,
+    Site,
+    network_layers,
+    owners_of_parameters,
+    replace,
+    sites,
+    stand_in_for,
+    tie_cores,
+    why_not,
+)
+
+SPECTRUM_SIDE = 2048
+"""Largest smaller side of an unfolding whose singular values a report computes (an eigenproblem of that size)."""
+
+
+def tensorize(
+    model: nn.Module,
+    policy: Mapping[Any, Recipe] | Recipe,
+    *,
+    exclude: Sequence[Any] = (),
+    skip_if_no_gain: bool = True,
+    example_input: Any = None,
+    spectra: bool = True,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Replace the layers of a model, in place, by layers whose weight is the recipe's network.
+
+    Every setting of a layer is kept, or the layer is left alone and the report says why. Tied weights stay tied (their
+    layers share cores); a tied weight whose partner stays dense stays dense too. All networks are made before the
+    first module is replaced: if a recipe fails, the model is as it was.
+
+    Args:
+        model: any module that holds `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.Embedding` (or Hugging Face `Conv1D`).
+        policy: a mapping from name patterns (shell style, `"encoder.*.fc?"`) or module types to recipes, the first
+            match winning, or one recipe for every layer that can be replaced. A recipe is a callable
+            dense weight -> Network, such as `functools.partial(svd, tol=0.1)`.
+        exclude: name patterns or module types to leave alone.
+        skip_if_no_gain: leave a layer dense where its network has no fewer parameters.
+        example_input: a tensor, a tuple or a dict of keyword arguments for the model; plans are made for its batch and
+            FLOPs counted at its sizes.
+        spectra: compute singular values for the report's figures.
+        progress: called as (done, total, name) before each layer.
+
+    Returns:
+        Report with one row for each layer that the policy names or could have named.
+
+    Raises:
+        ValueError: a pattern that matches nothing; a recipe that fails (the message names the layer).
+        TypeError: a policy of another kind.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch import nn
+        >>> import tnlayers
+        >>> from decompositions import svd
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> report = tnlayers.tensorize(model, {"0": partial(svd, rank=4)})
+        >>> [row.status for row in report.rows], report.rows[0].params, report.rows[0].params_dense
+        (['converted', 'kept'], 576, 4160)
+    """
+    found = sites(model)
+    rules = Policy.read("tensorize", policy, exclude)
+    rules.check("tensorize", found, isinstance(policy, Mapping))
+    candidates = [site for site in found if stand_in_for(site.module) is not None]
+    params_dense = _parameter_count(model)
+    reasons = _reasons(model, candidates, rules)
+    layers: dict[int, NetworkLayer] = {}
+    by_weight: dict[int, NetworkLayer] = {}
+    targets = [site for site in candidates if not reasons[id(site.module)]]
+    for done, site in enumerate(targets):
+        if progress is not None:
+            progress(done, len(targets), site.name)
+        module: Any = site.module
+        tied = by_weight.get(id(module.weight))
+        recipe: Any = rules.recipe_for(site)
+        layer = _convert(site, recipe, tied)
+        gain = _weight_count(layer) < module.weight.numel()
+        if skip_if_no_gain and not gain:
+            reasons[id(module)] = f"no gain: {_weight_count(layer):,} parameters in {layer.network!r}"
+            continue
+        if tied is not None:
+            tie_cores(tied, layer)
+        by_weight[id(module.weight)] = layers[id(module)] = layer
+    for site in candidates:
+        if id(site.module) in layers and "" in site.names:
+            replace(model, site, layers[id(site.module)])  # raises before anything is changed
+    rows = [(site, layers.get(id(site.module)), reasons[id(site.module)]) for site in candidates]
+    dense = {id(site.module): site.module for site in candidates}
+    for site in candidates:
+        if id(site.module) in layers:
+            replace(model, site, layers[id(site.module)])
+    positions = _run_example(model, example_input)
+    made = [_row(site, dense[id(site.module)], layer, why, positions, spectra) for site, layer, why in rows]
+    return Report(tuple(made), params_dense, _parameter_count(model))
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every tensor layer, in place, by the `torch.nn` layer with the same function; ties stay.
+
+    Returns:
+        The model (a dense layer where the model itself was a tensor layer).
+
+    Example:
+        >>> from torch import nn
+        >>> import tnlayers
+        >>> from decompositions import LowRank
+        >>> model = nn.Sequential(tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=2)))
+        >>> tnlayers.densify(model)
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+        )
+    """
+    if isinstance(model, NetworkLayer):
+        return model.to_dense_module()
+    weights: dict[int, nn.Parameter] = {}
+    for site in sites(model):
+        layer = site.module
+        if isinstance(layer, NetworkLayer):
+            dense: Any = layer.to_dense_module()
+            key = id(layer.cores[0])
+            dense.weight = weights.setdefault(key, dense.weight)
+            replace(model, site, dense)
+    return model
+
+
+def summary(model: nn.Module) -> str:
+    """Table of a model's tensor layers: network, parameters, and their share of the dense weight.
+
+    Example:
+        >>> from torch import nn
+        >>> import tnlayers
+        >>> from decompositions import LowRank
+        >>> model = nn.Sequential(tnlayers.Linear(64, 64, network=tnlayers.random_network(LowRank, rank=4)))
+        >>> print(tnlayers.summary(model).splitlines()[-1])
+        whole model: 576 parameters, 4,160 with dense layers (13.8 %)
+    """
+    header = ("layer", "kind", "network", "parameters", "dense", "share")
+    rows = []
+    total = dense_total = _parameter_count(model)
+    seen: set[int] = set()
+    for name, layer in network_layers(model):
+        own, dense = _weight_count(layer), prod(layer.weight_shape)
+        rows.append(
+            (
+                name or "(model)",
+                type(layer).__name__,
+                repr(layer.network),
+                f"{own:,}",
+                f"{dense:,}",
+                f"{own / dense:.1%}",
+            )
+        )
+        if id(layer.cores[0]) not in seen:
+            seen.add(id(layer.cores[0]))
+            dense_total += dense - own
+    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
+    lines = [
+        "  ".join(
+            text.ljust(w) if k < 3 else text.rjust(w) for k, (text, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (header, tuple("-" * w for w in widths), *rows)
+    ]
+    share = total / dense_total if dense_total else 1.0
+    lines.append(f"whole model: {total:,} parameters, {dense_total:,} with dense layers ({100 * share:.1f} %)")
+    return "\n".join(lines)
+
+
+def _weight_count(layer: NetworkLayer) -> int:
+    return numel(layer.network)
+
+
+def _parameter_count(model: nn.Module) -> int:
+    """Parameters, tied ones once, networks as their format counts them."""
+    held = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
+    seen: set[int] = set()
+    for _, layer in network_layers(model):
+        if id(layer.cores[0]) not in seen:
+            seen.add(id(layer.cores[0]))
+            held += _weight_count(layer) - sum(core.numel() for core in layer.cores)
+    return held
+
+
+def _reasons(model: nn.Module, candidates: Sequence[Site], rules: Policy) -> dict[int, str]:
+    """Why each candidate stays dense; empty where it is to be converted."""
+    reasons: dict[int, str] = {}
+    for site in candidates:
+        if rules.excludes(site):
+            reasons[id(site.module)] = "excluded"
+        elif rules.recipe_for(site) is None:
+            reasons[id(site.module)] = "no rule matches"
+        else:
+            reasons[id(site.module)] = why_not(site.module)
+    owners = owners_of_parameters(model)
+    changed = True
+    while changed:  # a tie to something that stays dense keeps its partners dense
+        changed = False
+        converted = {f"{name}.weight".lstrip(".") for s in candidates if not reasons[id(s.module)] for name in s.names}
+        for site in candidates:
+            weight = getattr(site.module, "weight", None)
+            others = [name for name in owners.get(id(weight), []) if name not in converted]
+            if not reasons[id(site.module)] and others:
+                reasons[id(site.module)] = f"its weight is tied to {others[0]}, which stays dense"
+                changed = True
+    return reasons
+
+
+def _convert(site: Site, recipe: Recipe, tied: NetworkLayer | None) -> NetworkLayer:
+    """Make the stand-in of one module; errors name the layer."""
+    module: Any = site.module
+    where = f"tensorize: {site.name or '(model)'} ({type(module).__name__} {tuple(module.weight.shape)})"
+    layer_class: Any = stand_in_for(module)
+    try:
+        if tied is not None:
+            return layer_class.from_dense(module, lambda _: tied.network.detach())
+        return layer_class.from_dense(module, lambda weight: run_recipe(where, recipe, weight))
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _run_example(model: nn.Module, example: Any) -> dict[int, Shapes]:
+    """Run the example once (evaluation mode, no gradient) and note what shapes every convertible layer sees."""
+    if example is None:
+        return {}
+    shapes: dict[int, Shapes] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            shapes.setdefault(id(module), Shapes(tuple(args[0].shape), tuple(output.shape)))
+
+    watched = [s.module for s in sites(model) if isinstance(s.module, NetworkLayer) or stand_in_for(s.module)]
+    handles = [module.register_forward_hook(note) for module in watched]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            if isinstance(example, Mapping):
+                model(**example)
+            else:
+                model(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return shapes
+
+
+def _row(
+    site: Site, dense: nn.Module, layer: NetworkLayer | None, why: str, shapes: dict[int, Shapes], spectra: bool
+) -> LayerRow:
+    source: Any = dense
+    stand_in = stand_in_for(dense)
+    weight: Any = getattr(source, "weight", None)
+    known = isinstance(weight, Tensor) and not isinstance(weight, nn.parameter.UninitializedParameter)
+    shape = tuple(weight.shape) if known else ()
+    bias = source.bias.numel() if isinstance(getattr(source, "bias", None), Tensor) and known else 0
+    seen = shapes.get(id(dense if layer is None else layer))
+    count = (prod(shape) if known else 0) + bias
+    flops_dense = stand_in.dense_flops(shape, seen) if stand_in is not None and known else 0
+    row = LayerRow(
+        name=site.name,
+        kind=type(dense).__name__,
+        shape=shape,
+        status="kept",
+        reason=why,
+        format="dense",
+        ranks=(),
+        break_even_rank=None,
+        params_dense=count,
+        params=count,
+        flops_dense=flops_dense,
+        flops=flops_dense,
+        error=None,
+        output_bound=None,
+        spectra={},
+        cuts={},
+    )
+    if layer is None:
+        return row
+    net = layer.network.detach()
+    reference = weight.detach() if tuple(layer.weight_shape) == shape else weight.detach().T
+    approximation = layer.weight.detach()
+    values, cuts = _spectra(net, reference) if spectra and net.is_tree else ({}, {})
+    return dataclasses.replace(
+        row,
+        status="converted",
+        reason="",
+        format=type(net).__name__,
+        ranks=net.ranks,
+        break_even_rank=break_even_rank(net, weight.numel()),
+        params=numel(net) + bias,
+        flops=layer.sample_flops(seen),
+        error=relative_error(approximation, reference),
+        output_bound=layer.output_bound(approximation - reference),
+        spectra=values,
+        cuts=cuts,
+    )
+
+
+def break_even_rank(net: Network, dense: int) -> int | None:
+    """Largest common cap on the bonds at which the network has fewer than `dense` parameters; None if rank 1 has not.
+
+    Bonds never exceed what their sides allow; with no bond to cap there is no such rank.
+
+    Example:
+        >>> from decompositions import LowRank
+        >>> break_even_rank(LowRank.random(row_modes=(100,), col_modes=(100,), rank=2), 10_000)
+        49
+    """
+    if not net.bonds:
+        return None
+    most = possible_ranks(net) if net.is_tree else (max(net.ranks),) * len(net.bonds)
+
+    def count(rank: int) -> int:
+        sizes = {**net.sizes, **{bond: min(rank, cap) for bond, cap in zip(net.bonds, most, strict=True)}}
+        cores = [torch.empty([sizes[label] for label in leg], device="meta") for leg in net.legs]
+        return numel(net._unchecked(cores, net.legs, net.rows, net.cols))
+
+    low, high = 0, max(most)
+    while low < high:  # count grows with the rank
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count(middle) < dense else (low, middle - 1)
+    return low or None
+
+
+def _spectra(net: Network, weight: Tensor) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
+    """Singular values of the dense weight at each bond of the network, with the rank that was kept.
+
+    Bonds that cut the weight in the same way (both of LowRank) are shown once.
+    """
+    rows, cols = prod(net.row_modes), prod(net.col_modes)
+    matrix = weight.flatten(1)
+    padded = torch.nn.functional.pad(matrix, (0, cols - matrix.shape[1], 0, rows - matrix.shape[0]))
+    tensor = padded.reshape(net.shape)
+    values: dict[str, tuple[float, ...]] = {}
+    cuts: dict[str, int] = {}
+    shown: set[tuple[str, ...]] = set()
+    for bond, rank in zip(net.bonds, net.ranks, strict=True):
+        side, other = bond_sides(net, bond)
+        if side in shown or other in shown or not side or not other:
+            continue
+        shown.add(side)
+        unfolding = unfold(tensor, [net.outside.index(label) for label in side])
+        unfolding = unfolding if unfolding.shape[0] <= unfolding.shape[1] else unfolding.mT
+        if unfolding.shape[0] <= SPECTRUM_SIDE:
+            squares = torch.linalg.eigvalsh(gram(unfolding)).flip(0).clamp_min(0)
+            values[bond], cuts[bond] = tuple(squares.sqrt().tolist()), rank
+    return values, cuts

@@ -1,0 +1,420 @@
+"""The main job: dense networks, their conversions, and tensor layers from scratch, trained alike and compared.
+
+`run` trains every (network, variant, seed), writes each finished row at once, and can be interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnlayers.checkpoint import load, save
+from tnlayers.convert import tensorize
+from tnlayers.data import Dataset, load_data
+from tnlayers.main_rows import DENSE, SCRATCH, TENSORIZED, VARIANTS, JobError, Row, RowStore, Summary, summarize
+from tnlayers.nets import NETS, choose_recipes, dense_net, parameter_count, scratch_net
+from tnlayers.surgery import network_layers
+from tnlayers.training import INFERENCE_BATCH, Training, accuracy, flops_per_sample, inference_ms, train
+
+SMALL_DATA = 10_000
+"""Training images below which an epoch is short: more epochs and smaller batches by default."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What `run` tells its progress callback.
+
+    Args:
+        kind: "data" (decoding), "step" (training), "row" (one finished) or "skip" (one found finished).
+        label: what is being done, for people.
+        done: images or epochs so far, over the whole job.
+        total: images or epochs in all.
+    """
+
+    kind: str
+    label: str
+    done: float = 0.0
+    total: float = 0.0
+
+
+Watch = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Settings of the main job.
+
+    Args:
+        data: spec for `tnlayers.data.load_data`.
+        out: folder for rows, models, reports, figures and the page.
+        seed: of the first run.
+        seeds: number of runs; they take the seeds seed, seed + 1, ...
+        nets: which networks, of "mlp" and "cnn".
+        epochs: of dense and scratch; None is 30 below 10,000 training images, else 6.
+        finetune_epochs: after conversion.
+        batch_size: None is 32 below 10,000 training images, else 128.
+        lr: peak learning rate of AdamW.
+        finetune_lr: the same after conversion; None is half of lr.
+        tensorized_share: parameters of the converted network, as a part of the dense one's, at most.
+        scratch_share: the same for tensor layers from scratch.
+        limit: training images to keep, and as many test images.
+        size: height and width to resize to (imagefolder).
+        threads: CPU threads; None leaves torch's number.
+        overwrite: start anew in a folder that holds other results.
+
+    Raises:
+        JobError: a value out of range, by name.
+
+    Example:
+        >>> JobConfig(seeds=3).seed_list
+        (0, 1, 2)
+    """
+
+    data: str = "digits"
+    out: str | os.PathLike[str] = "runs/digits"
+    seed: int = 0
+    seeds: int = 1
+    nets: tuple[str, ...] = NETS
+    epochs: int | None = None
+    finetune_epochs: int = 1
+    batch_size: int | None = None
+    lr: float = 2e-3
+    finetune_lr: float | None = None
+    tensorized_share: float = 0.10
+    scratch_share: float = 0.08
+    limit: int | None = None
+    size: int | None = None
+    threads: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "finetune_epochs", "epochs", "batch_size", "limit", "size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise JobError(f"train: {name} must be at least 1, got {value}")
+        for name in ("lr", "finetune_lr"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise JobError(f"train: {name} must be a positive number, got {value}")
+        for name in ("tensorized_share", "scratch_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise JobError(f"train: {name} must lie in (0, 1], got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise JobError(f"train: seed must lie in 0..2^31 - 1, got {self.seed}")
+        unknown = [net for net in self.nets if net not in NETS]
+        if unknown or not self.nets or len(set(self.nets)) != len(self.nets):
+            raise JobError(f"train: nets must be distinct names of {', '.join(NETS)}, got {', '.join(self.nets)!r}")
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """Seeds of the runs."""
+        return tuple(range(self.seed, self.seed + self.seeds))
+
+    def complete(self, data: Dataset) -> JobConfig:
+        """Return the same settings with the defaults that depend on the data filled in."""
+        small = len(data.train_x) < SMALL_DATA
+        return replace(
+            self,
+            epochs=self.epochs or (30 if small else 6),
+            batch_size=self.batch_size or (32 if small else 128),
+            finetune_lr=self.finetune_lr or self.lr / 2,
+        )
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What `run` returns: every row, and where the files are.
+
+    Args:
+        rows: one a (network, variant, seed), in the order of the table.
+        settings: everything the numbers depend on, but for nets and seeds.
+        hardware: processor, threads, versions.
+        out: the folder.
+        trained: rows of this call; the others were found finished.
+        seconds: duration of this call.
+    """
+
+    rows: tuple[Row, ...]
+    settings: dict[str, Any]
+    hardware: dict[str, Any]
+    out: Path
+    trained: int
+    seconds: float
+
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        """Mean and spread over the seeds, one a (network, variant)."""
+        return summarize(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict that JSON can hold."""
+        return {
+            "kind": "tnlayers main job",
+            "settings": self.settings,
+            "hardware": self.hardware,
+            "summary": [asdict(summary) for summary in self.summaries],
+            "rows": [asdict(row) for row in self.rows],
+            "out": str(self.out),
+            "page": str(self.out / "index.html"),
+            "trained": self.trained,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
+    """Train and compare; write rows, models, conversion reports, figures and the page `index.html` to `config.out`.
+
+    Every finished row is written at once. The same call again skips the rows that are there; an interruption
+    (KeyboardInterrupt) loses no finished row.
+
+    Args:
+        config: what to do.
+        progress: called with an `Event`.
+
+    Raises:
+        DataError: data that cannot be read.
+        JobError: settings that cannot be met, or a folder that holds results of other settings.
+        TrainingError: the loss is no longer finite.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = run(JobConfig(out=folder, nets=("mlp",), limit=100, epochs=1))
+        >>> [(row.net, row.variant) for row in result.rows]
+        [('mlp', 'dense'), ('mlp', 'tensorized'), ('mlp', 'scratch')]
+    """
+    from tnlayers.main_page import write_outputs
+
+    start = time.perf_counter()
+    watch = progress or (lambda event: None)
+    before = torch.get_num_threads()
+    try:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        data = _load(config, watch)
+        config = config.complete(data)
+        _check_nets(config, data)
+        settings = _settings(config, data)
+        with RowStore.open(Path(config.out), settings, overwrite=config.overwrite) as store:
+            trained = _Runner(config, data, store, watch).run()
+            rows = store.select(config.nets, config.seed_list)
+            hardware = hardware_facts()
+            result = JobResult(rows, settings, hardware, store.folder, trained, time.perf_counter() - start)
+            write_outputs(result, data)
+            return result
+    finally:
+        torch.set_num_threads(before)
+
+
+def hardware_facts() -> dict[str, Any]:
+    """Processor, threads and versions, for the foot of a table."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def _load(config: JobConfig, watch: Watch) -> Dataset:
+    return load_data(
+        config.data,
+        limit=config.limit,
+        size=config.size,
+        progress=lambda what, done, total: watch(Event("data", what, done, total)),
+    )
+
+
+def _check_nets(config: JobConfig, data: Dataset) -> None:
+    """Find out before any training whether the networks and their shares are possible."""
+    for net in config.nets:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                scratch_net(net, data.shape, len(data.classes), config.scratch_share)
+                choose_recipes(dense_net(net, data.shape, len(data.classes)), config.tensorized_share)
+        except ValueError as error:
+            raise JobError(f"train: {net} on {config.data}: {error}") from None
+
+
+def _settings(config: JobConfig, data: Dataset) -> dict[str, Any]:
+    name, colon, path = config.data.partition(":")
+    digest = hashlib.sha256()
+    for tensor in (data.train_y, data.test_y, data.train_x, data.test_x):
+        digest.update(tensor.numpy())
+    return {
+        "data": f"{name}:{Path(path).expanduser().resolve()}" if colon else name,
+        "data_sha256": digest.hexdigest()[:16],
+        "train_images": len(data.train_x),
+        "test_images": len(data.test_x),
+        "shape": list(data.shape),
+        "epochs": config.epochs,
+        "finetune_epochs": config.finetune_epochs,
+        "batch_size": config.batch_size,
+        "lr": config.lr,
+        "finetune_lr": config.finetune_lr,
+        "tensorized_share": config.tensorized_share,
+        "scratch_share": config.scratch_share,
+        "limit": config.limit,
+        "size": config.size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+@dataclass
+class _Runner:
+    """The loop over networks, seeds and variants."""
+
+    config: JobConfig
+    data: Dataset
+    store: RowStore
+    watch: Watch
+    done: float = 0.0
+    last_tick: float = 0.0
+
+    def run(self) -> int:
+        """Train what is missing; the number of rows trained."""
+        jobs = [(net, seed) for net in self.config.nets for seed in self.config.seed_list]
+        keys = [(net, variant, seed) for net, seed in jobs for variant in VARIANTS]
+        missing = [key for key in keys if key not in self.store]
+        self.total = float(sum(self._epochs(variant) for _, variant, _ in missing))
+        for net, variant, seed in keys:
+            if (net, variant, seed) not in missing:
+                self.watch(Event("skip", f"{net} {variant}, seed {seed}: found finished", self.done, self.total))
+        for net, seed in jobs:
+            self._train_missing(net, seed)
+        return len(missing)
+
+    def _train_missing(self, net: str, seed: int) -> None:
+        todo = [variant for variant in VARIANTS if (net, variant, seed) not in self.store]
+        dense: nn.Module | None = None
+        if DENSE in todo:
+            dense = self._dense(net, seed, record=True)
+        if TENSORIZED in todo:
+            self._tensorized(net, seed, dense if dense is not None else self._dense_again(net, seed))
+        if SCRATCH in todo:
+            self._scratch(net, seed)
+
+    def _epochs(self, variant: str) -> int:
+        epochs = self.config.finetune_epochs if variant == TENSORIZED else self.config.epochs
+        assert epochs is not None
+        return epochs
+
+    def _dense(self, net: str, seed: int, *, record: bool) -> nn.Module:
+        start = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = dense_net(net, self.data.shape, len(self.data.classes))
+        trained = self._fit(model, net, DENSE, seed)
+        if record:
+            self._finish(model, net, DENSE, seed, trained, start)
+        return model
+
+    def _dense_again(self, net: str, seed: int) -> nn.Module:
+        """Give the dense network of a finished row: from its file, or trained once more where that is gone."""
+        model = dense_net(net, self.data.shape, len(self.data.classes))
+        try:
+            return load(self._model_file(net, DENSE, seed), model)
+        except (ValueError, OSError):
+            return self._dense(net, seed, record=False)
+
+    def _tensorized(self, net: str, seed: int, dense: nn.Module) -> None:
+        start = time.perf_counter()
+        model = copy.deepcopy(dense)
+        recipes = choose_recipes(model, self.config.tensorized_share)
+        report = tensorize(model, recipes, example_input=self.data.train_x[: self.config.batch_size])
+        report = replace(report, title=f"{net} on {self.data.name}, seed {seed}: conversion")
+        page = f"reports/{net}-seed{seed}.html"
+        self.store.path("reports").mkdir(exist_ok=True)
+        report.html(self.store.path(page))
+        before = accuracy(model, self.data.test_x, self.data.test_y)
+        trained = self._fit(model, net, TENSORIZED, seed)
+        self._finish(model, net, TENSORIZED, seed, trained, start, before=before, report=page)
+
+    def _scratch(self, net: str, seed: int) -> None:
+        start = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = scratch_net(net, self.data.shape, len(self.data.classes), self.config.scratch_share)
+        trained = self._fit(model, net, SCRATCH, seed)
+        self._finish(model, net, SCRATCH, seed, trained, start)
+
+    def _fit(self, model: nn.Module, net: str, variant: str, seed: int) -> Training:
+        epochs, config = self._epochs(variant), self.config
+        assert config.batch_size is not None
+        assert config.finetune_lr is not None
+        base = self.done
+
+        def tick(done: int, steps: int) -> None:
+            now = time.perf_counter()
+            if now - self.last_tick > 0.1 or done == steps:
+                self.last_tick = now
+                epoch = min(epochs, done * epochs // steps + 1)
+                label = f"{net} {variant}, seed {seed}, epoch {epoch}/{epochs}"
+                self.watch(Event("step", label, base + epochs * done / steps, self.total))
+
+        lr = config.finetune_lr if variant == TENSORIZED else config.lr
+        trained = train(model, self.data, epochs=epochs, batch_size=config.batch_size, lr=lr, seed=seed, progress=tick)
+        self.done = base + epochs
+        return trained
+
+    def _model_file(self, net: str, variant: str, seed: int) -> Path:
+        return self.store.path(f"models/{net}-{variant}-seed{seed}.safetensors")
+
+    def _finish(
+        self,
+        model: nn.Module,
+        net: str,
+        variant: str,
+        seed: int,
+        trained: Training,
+        start: float,
+        *,
+        before: float | None = None,
+        report: str = "",
+    ) -> None:
+        """Measure, save the model, and only then write the row."""
+        images = self.data.test_x[:INFERENCE_BATCH]
+        self.store.path("models").mkdir(exist_ok=True)
+        file = save(model, self._model_file(net, variant, seed))
+        row = Row(
+            net=net,
+            variant=variant,
+            seed=seed,
+            accuracy=trained.curve[-1],
+            accuracy_before=before,
+            parameters=parameter_count(model),
+            parameters_dense=parameter_count(dense_net(net, self.data.shape, len(self.data.classes))),
+            flops=flops_per_sample(model, images),
+            step_ms=trained.step_ms,
+            inference_ms=inference_ms(model, images),
+            inference_batch=len(images),
+            file_bytes=file.stat().st_size,
+            epochs=self._epochs(variant),
+            seconds=time.perf_counter() - start,
+            curve=trained.curve,
+            networks={name: repr(layer.network) for name, layer in network_layers(model)},
+            file=file.relative_to(self.store.folder).as_posix(),
+            report=report,
+        )
+        self.store.add(row)
+        self.watch(Event("row", f"{net} {variant}, seed {seed}: {100 * row.accuracy:.2f} %", self.done, self.total))

@@ -1,0 +1,222 @@
+"""Figures and the page of the main job: learning curves, accuracy against parameters, one table."""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tnlayers.figures import GRID, INK, LINES, MUTED, _axes, _logarithmic
+from tnlayers.files import write_atomic
+from tnlayers.main_rows import COLUMNS, DENSE, SCRATCH, TENSORIZED, VARIANTS, Row, Summary, cells, footnote, table
+from tnlayers.page import compact, figure_png, gallery, html_page, html_table, inline_image, paragraph, percent, tiles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tnlayers.data import Dataset
+    from tnlayers.main_job import JobResult
+
+COLORS = {DENSE: MUTED, TENSORIZED: LINES[1], SCRATCH: LINES[0]}
+MARKS = {"mlp": "s", "cnn": "o"}
+LABELS = {DENSE: "dense", TENSORIZED: "tensorized, fine-tuned", SCRATCH: "tensor layers from scratch"}
+
+
+def write_outputs(result: JobResult, data: Dataset) -> list[Path]:
+    """Write `curves-NET.png`, `accuracy.png`, `table.txt` and `index.html` to the folder of a result.
+
+    Returns:
+        The files written.
+    """
+    from tnlayers.figures import np  # matplotlib needs numpy; both are dependencies
+
+    assert np is not None
+    nets = list(dict.fromkeys(row.net for row in result.rows))
+    written = []
+    for net in nets:
+        rows = [row for row in result.rows if row.net == net]
+        written.append(result.out / f"curves-{net}.png")
+        write_atomic(written[-1], figure_png(curves_figure(rows, f"{net} on {data.name}")))
+    written.append(result.out / "accuracy.png")
+    write_atomic(written[-1], figure_png(accuracy_figure(result.summaries, data.name)))
+    written.append(result.out / "table.txt")
+    note = footnote(result.settings, result.hardware, result.summaries)
+    write_atomic(written[-1], f"{table(result.summaries)}\n{note}\n")
+    written.append(result.out / "index.html")
+    write_atomic(written[-1], page(result, data))
+    return written
+
+
+def page(result: JobResult, data: Dataset) -> str:
+    """Return the self-contained page: table, figures, links to the conversion reports."""
+    summaries = result.summaries
+    note = footnote(result.settings, result.hardware, summaries)
+    nets = list(dict.fromkeys(row.net for row in result.rows))
+    pictures = [("Accuracy against parameters", data.name, _inline(accuracy_figure(summaries, data.name, size=SMALL)))]
+    for net in nets:
+        rows = [row for row in result.rows if row.net == net]
+        pictures.append((f"Learning curves, {net}", "test images", _inline(curves_figure(rows, "", size=SMALL))))
+    sections = [
+        ("", tiles(_tiles(summaries))),
+        ("Results", html_table(COLUMNS, [cells(s) for s in summaries], caption="Results") + paragraph(note)),
+        ("Figures", gallery(pictures)),
+        ("Conversions", _conversions(result.rows)),
+        ("Networks", _networks(result.rows)),
+    ]
+    seeds = ", ".join(map(str, sorted({row.seed for row in result.rows})))
+    lead = f"Dense networks, their conversions, and tensor layers from scratch on {data.name}; seeds {seeds}."
+    return html_page(f"tnlayers: {data.name}", sections, lead=lead)
+
+
+SMALL = (4.6, 3.3)
+
+
+def _inline(figure: Figure) -> str:
+    return inline_image(figure_png(figure, transparent=True), "The table holds the numbers of this figure.")
+
+
+def _tiles(summaries: Sequence[Summary]) -> list[tuple[str, str, str]]:
+    found = []
+    for s in summaries:
+        if s.variant == DENSE:
+            found.append((f"{s.net} dense", f"{100 * s.accuracy:.2f} %", f"{compact(round(s.parameters))} parameters"))
+        else:
+            gap = "" if s.gap is None else f", {s.gap:+.2f} points"
+            found.append((f"{s.net} {s.variant}", f"{100 * s.accuracy:.2f} %", f"{percent(s.share, 1)} of dense{gap}"))
+    return found
+
+
+def _conversions(rows: Sequence[Row]) -> str:
+    items = "".join(
+        f'<li><a href="{html.escape(row.report, quote=True)}">{html.escape(row.net)}, seed {row.seed}</a>: '
+        f"{100 * (row.accuracy_before or 0):.2f} % before fine-tuning, {100 * row.accuracy:.2f} % after</li>"
+        for row in rows
+        if row.report
+    )
+    intro = paragraph(
+        "One report a conversion: ranks, errors, bounds and singular values of every layer. Ranks start at 1 and grow "
+        "where a parameter removes most of the relative squared error, up to the share that was asked for."
+    )
+    return f"{intro}<ul>{items}</ul>\n"
+
+
+def _networks(rows: Sequence[Row]) -> str:
+    first = min((row.seed for row in rows), default=0)
+    items = "".join(
+        f"<li>{html.escape(f'{row.net} {row.variant}, {name}: {text}')}</li>"
+        for row in rows
+        if row.seed == first
+        for name, text in row.networks.items()
+    )
+    return f"{paragraph(f'Tensor layers of seed {first}; every other layer is dense.')}<ul>{items}</ul>\n"
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def curves_figure(rows: Sequence[Row], title: str, *, size: tuple[float, float] = (6.4, 4.0), dpi: int = 160) -> Figure:
+    """Test accuracy after every epoch: mean over the seeds, thin lines for each; fine-tuning follows the dense epochs.
+
+    The axis leaves out the first epochs where they are far below the rest.
+
+    Args:
+        rows: of one network.
+        title: above the axes.
+        size: width and height in inches.
+        dpi: pixels an inch.
+    """
+    figure, axes = _axes(size, dpi)
+    dense_epochs = max((row.epochs for row in rows if row.variant != TENSORIZED), default=0)
+    for variant in VARIANTS:
+        lines = [_points(row, dense_epochs) for row in rows if row.variant == variant]
+        if not lines:
+            continue
+        color = COLORS[variant]
+        if len(lines) > 1:
+            for x, y in lines:
+                axes.plot(x, y, color=color, linewidth=0.7, alpha=0.35)
+        x, means = lines[0][0], [statistics.fmean(values) for values in zip(*(y for _, y in lines), strict=True)]
+        dots = "o" if variant == TENSORIZED or len(x) <= 12 else None
+        axes.plot(x, means, color=color, linewidth=1.9, marker=dots, markersize=4, label=LABELS[variant])
+    _accuracy_axis(axes, [100 * value for row in rows for value in _settled(row)])
+    _whole_epochs(axes, max(row.epochs for row in rows) if rows else 1, rows, dense_epochs)
+    axes.set_xlabel("epoch", color=MUTED, fontsize=8.5)
+    axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK, handlelength=1.4)
+    if title:
+        axes.set_title(title, color=INK, fontsize=10.5, loc="left", pad=8)
+    return figure
+
+
+def _points(row: Row, dense_epochs: int) -> tuple[list[int], list[float]]:
+    """Epochs and accuracies in percent; a converted network starts where the dense one ended."""
+    curve = [100 * value for value in row.curve]
+    if row.variant != TENSORIZED or row.accuracy_before is None:
+        return list(range(1, len(curve) + 1)), curve
+    return list(range(dense_epochs, dense_epochs + len(curve) + 1)), [100 * row.accuracy_before, *curve]
+
+
+def _settled(row: Row) -> list[float]:
+    """Accuracies that must be seen: those after the first fifth of the epochs, and those of fine-tuning."""
+    before = [] if row.accuracy_before is None else [row.accuracy_before]
+    return [*before, *row.curve[len(row.curve) // 5 :]]
+
+
+def _accuracy_axis(axes: Axes, percents: Sequence[float]) -> None:
+    low, high = (min(percents), max(percents)) if percents else (0.0, 100.0)
+    room = max(0.08 * (high - low), 0.05)
+    axes.set_ylim(max(0.0, low - room), min(100.0, high + room) + 0.001)
+    axes.grid(True, color=GRID, linewidth=0.6)
+    axes.set_ylabel("test accuracy, %", color=MUTED, fontsize=8.5)
+
+
+def _whole_epochs(axes: Axes, most: int, rows: Sequence[Row], dense_epochs: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    extra = max((row.epochs for row in rows if row.variant == TENSORIZED), default=0)
+    last = max(most, dense_epochs + extra)
+    axes.set_xlim(1 - 0.02 * last, last * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def accuracy_figure(
+    summaries: Sequence[Summary], title: str, *, size: tuple[float, float] = (6.4, 4.0), dpi: int = 160
+) -> Figure:
+    """Accuracy against parameters (logarithmic): a point a network and variant, bars one standard deviation long.
+
+    Args:
+        summaries: to draw.
+        title: above the axes.
+        size: width and height in inches.
+        dpi: pixels an inch.
+    """
+    figure, axes = _axes(size, dpi)
+    for s in summaries:
+        axes.errorbar(
+            s.parameters, 100 * s.accuracy, yerr=None if s.spread is None else 100 * s.spread, color=COLORS[s.variant],
+            marker=MARKS.get(s.net, "^"), markersize=7, linewidth=1, capsize=2.5, markeredgecolor="white", zorder=3,
+        )  # fmt: skip
+        axes.annotate(
+            s.net, (s.parameters, 100 * s.accuracy), xytext=(7, 4), textcoords="offset points", fontsize=8, color=INK
+        )
+    counts = [s.parameters for s in summaries] or [1.0, 10.0]
+    _logarithmic(axes, "x", min(counts), max(counts), room=0.12)
+    spreads = [100 * (s.accuracy + sign * (s.spread or 0)) for s in summaries for sign in (-1, 1)]
+    _accuracy_axis(axes, spreads)
+    axes.set_xlabel("parameters", color=MUTED, fontsize=8.5)
+    _variant_legend(axes, [v for v in VARIANTS if any(s.variant == v for s in summaries)])
+    if title:
+        axes.set_title(title, color=INK, fontsize=10.5, loc="left", pad=8)
+    return figure
+
+
+def _variant_legend(axes: Axes, variants: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], color=COLORS[v], marker="o", linestyle="", markersize=6, label=LABELS[v]) for v in variants]
+    axes.figure.legend(
+        handles=marks, loc="outside lower left", ncols=3, fontsize=8, frameon=False, labelcolor=INK, handletextpad=0.2,
+        columnspacing=1.2,
+    )  # fmt: skip
