@@ -126,7 +126,8 @@ def hooi(
 ) -> Tucker | tuple[Tucker, float]:
     """Higher-order orthogonal iteration: ST-HOSVD, then each factor in turn refitted with the others fixed.
 
-    The error never grows, so every guarantee of `st_hosvd` holds; the ranks are its ranks.
+    The error never grows, so every guarantee of `st_hosvd` holds; the ranks are its ranks, less what the others make
+    redundant (a rank above the product of all others).
     Cost: that of `st_hosvd` plus O(sweeps d prod(n) r).
 
     Args:
@@ -158,23 +159,8 @@ def hooi(
     """
     if max_sweeps < 0:
         raise ValueError(f"hooi: max_sweeps must be at least 0, got {max_sweeps}")
-    task, axes, caps = _start("hooi", x, rank, tol, modes, method, generator)
-    core, factors = _sequential(task, axes, caps)
-    fit = _square(core)
-    refit: Method = "auto" if method == "randomized" else method  # a new sketch a sweep could lower the fit
-    for _ in range(max_sweeps if len(axes) > 1 else 0):
-        for position, k in enumerate(axes):
-            projected = task.work
-            for other, factor in zip(axes, factors, strict=True):
-                if other != k:
-                    projected = _multiply(projected, factor.mH, other)
-            u = basis(unfold(projected, k), cap=factors[position].shape[1], budget=None, tol=None, method=refit).u
-            factors[position] = u
-            core = _multiply(projected, u.mH, k)
-        previous, fit = fit, _square(core)
-        if fit - previous <= improvement * task.norm**2:
-            break
-    return task.finish(Tucker(core, factors, axes, num_rows), with_error)
+    start = _start("hooi", x, rank, tol, modes, method, generator)
+    return _iterate(start, num_rows, max_sweeps, improvement, with_error)
 
 
 def tucker2(
@@ -215,7 +201,35 @@ def tucker2(
         torch.Size([4, 2, 3, 3])
     """
     check_tensor("tucker2", weight, min_order=2)
-    return hooi(weight, rank, tol, modes=(0, 1), num_rows=1, method=method, with_error=with_error, generator=generator)
+    start = _start("tucker2", weight, rank, tol, (0, 1), method, generator)
+    return _iterate(start, 1, 20, 1e-7, with_error)
+
+
+def _iterate(
+    start: tuple[Truncation, tuple[int, ...], list[int]],
+    num_rows: int | None,
+    max_sweeps: int,
+    improvement: float,
+    with_error: bool,
+) -> Tucker | tuple[Tucker, float]:
+    """ST-HOSVD, then refits of one factor at a time."""
+    task, axes, caps = start
+    core, factors = _sequential(task, axes, caps)
+    fit = _square(core)
+    refit: Method = "auto" if task.method == "randomized" else task.method  # a new sketch a sweep could lower the fit
+    for _ in range(max_sweeps if len(axes) > 1 else 0):
+        for position, k in enumerate(axes):
+            projected = task.work
+            for other, factor in zip(axes, factors, strict=True):
+                if other != k:
+                    projected = _multiply(projected, factor.mH, other)
+            u = basis(unfold(projected, k), cap=factors[position].shape[1], budget=None, tol=None, method=refit).u
+            factors[position] = u
+            core = _multiply(projected, u.mH, k)
+        previous, fit = fit, _square(core)
+        if fit - previous <= improvement * task.norm**2:
+            break
+    return task.finish(Tucker(core, factors, axes, num_rows), with_error)
 
 
 def _start(

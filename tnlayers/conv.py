@@ -150,7 +150,7 @@ class _ConvNd(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense kernel (out, in / groups, *kernel), differentiable with respect to the cores."""
-        matrix = self._dense().reshape(prod(self.network.row_modes), -1)
+        matrix = self._dense().reshape(prod(self._row_modes), -1)
         return matrix[: self.out_channels].reshape(self.weight_shape)
 
     def out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
@@ -213,8 +213,7 @@ class _ConvNd(NetworkLayer):
         return self._run_chain(plan, x, padding)
 
     def _run_chain(self, plan: ConvPlan, x: Tensor, padding: tuple[int, ...]) -> Tensor:
-        net = self.network
-        cores = list(net.cores)
+        cores = list(self.cores)
         for split in plan.splits:
             cores[split.core] = cores[split.core].unflatten(split.axis, split.sizes)
         operands = extend(plan.steps, cores)

@@ -128,7 +128,7 @@ class Embedding(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense table (num_embeddings, embedding_dim), differentiable with respect to the cores."""
-        table = self._dense().reshape(prod(self.network.row_modes), -1)
+        table = self._dense().reshape(prod(self._row_modes), -1)
         table = table[: self.num_embeddings, : self.embedding_dim]
         if self.padding_vector is None or self.padding_idx is None:
             return table
@@ -155,9 +155,9 @@ class Embedding(NetworkLayer):
         flat = tokens.reshape(-1).long()
         plan = self._plan_for(flat.shape[0])
         if plan.strategy == "merge":
-            y = self._dense().reshape(prod(net.row_modes), -1).index_select(0, flat)
+            y = self._dense().reshape(prod(self._row_modes), -1).index_select(0, flat)
         else:
-            y = run(plan.steps, _gather(net, flat)).reshape(flat.shape[0], prod(net.col_modes))
+            y = run(plan.steps, _gather(net, flat)).reshape(flat.shape[0], prod(self._col_modes))
         y = y[:, : self.embedding_dim]
         if self.padding_vector is not None and self.padding_idx is not None:
             y = torch.where(torch.eq(flat, self.padding_idx).unsqueeze(-1), self.padding_vector, y)

@@ -1,10 +1,21 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed."""
+"""Files: written whole or not at all (a temporary name, synced, renamed), and weights read without running code."""
+
+from __future__ import annotations
 
 import os
+import pickle
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+"""Keys under which checkpoints hold their state dict."""
 
 
 @contextmanager
@@ -90,3 +101,114 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor], bool]]:
+    """Names of the tensors in a safetensors file or a state dict, and a function that reads one; no code is run.
+
+    A checkpoint that holds its weights under "state_dict", "model_state_dict", "model" or "module" is unwrapped.
+
+    Returns:
+        (names, read, together): `together` says that the tensors lie in memory side by side, so that equal addresses
+        mean tied tensors; safetensors are read one by one.
+
+    Raises:
+        ValueError: a damaged file, pickled objects, or no tensor in it.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = Path(tempfile.mkdtemp()) / "x.pt"
+        >>> torch.save({"w": torch.ones(2, 3)}, path)
+        >>> with open_weights(path) as (names, read, together):
+        ...     print(names, tuple(read("w").shape), together)
+        ['w'] (2, 3) True
+    """
+    with path.open("rb") as file:
+        head = file.read(9)
+    size = path.stat().st_size
+    if size == 0:
+        raise _damaged(path, "it has 0 bytes")
+    if path.suffix == ".safetensors" or (head[8:] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size):
+        with _open_safetensors(path) as tensors:
+            names = sorted(tensors.keys(), key=_natural)
+            yield names, lambda name: _read_safetensors(tensors, name, path), False
+    else:
+        loaded = _load_state_dict(path)
+        yield list(loaded), loaded.__getitem__, True
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError("inspect_file: safetensors is needed to read this file; pip install safetensors") from error
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layers.2 comes before layers.10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part), "") if k % 2 else (1, 0, part) for k, part in enumerate(parts)]
+
+
+def _read_safetensors(file: Any, name: str, path: Path) -> Tensor:
+    from safetensors import SafetensorError
+
+    try:
+        return file.get_tensor(name)
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # a dtype this torch does not have
+        raise ValueError(f"inspect_file: tensor {name!r} of {path} cannot be read ({error}); update torch") from error
+
+
+def _load_state_dict(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        # Mapped, not read: a large checkpoint then costs the memory of one tensor.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "Unsupported global" in text or "Unsupported class" in text:
+            raise ValueError(
+                f"inspect_file: expected a state dict, got {path}, which holds pickled Python objects that are not "
+                "opened, since that would run their code; save model.state_dict() instead"
+            ) from error
+        raise _damaged(path, text) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch and pickle raise almost any type on a damaged file
+        raise _damaged(path, str(error) or type(error).__name__) from error
+    for _ in range(3):
+        inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded, Mapping) and k in loaded), None)
+        if not isinstance(inner, Mapping):
+            break
+        loaded = inner
+    if isinstance(loaded, torch.Tensor):
+        return {"tensor": loaded}
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"inspect_file: expected a state dict, got a {type(loaded).__name__} in {path}")
+    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        keys = ", ".join(repr(str(k))[:40] for k in list(loaded)[:8])
+        raise ValueError(
+            f"inspect_file: expected a state dict of tensors, got none in {path} (keys: {keys or 'none'}); "
+            "save model.state_dict()"
+        )
+    return tensors
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    line = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", reason).split())[:160]
+    return ValueError(
+        f"inspect_file: the file is damaged or of another kind, expected safetensors or a torch state dict, "
+        f"got {path} ({line}); fetch or save it again"
+    )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor
 from decompositions.linalg import gram, truncation_rank
 from decompositions.randomized import randomized_basis
 from tnlayers.figures import spectrum_figure
-from tnlayers.files import write_atomic
+from tnlayers.files import open_weights, write_atomic
 from tnlayers.page import (
     NOTHING,
     Cell,
@@ -46,7 +44,6 @@ MAX_SIDE = 4096
 LEADING = 512
 """Number of leading singular values of such a matrix."""
 SMALL = 1024
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 Progress = Callable[[int, int, str], None]
 
@@ -69,7 +66,7 @@ class TensorRow:
         effective_rank: exp of the entropy of the singular values divided by their sum; None if not all are known.
         numerical_rank: singular values above `2 eps ‖A‖_F (1/√m + 1/√n)`, a few times what rounding the entries to
             the stored dtype adds (numpy's `max(m, n) eps σ_1` would call every bfloat16 matrix zero).
-        break_even_rank: `floor(m n / (m + n))`: above it, two factors hold more than the matrix.
+        break_even_rank: largest rank at which two factors hold fewer numbers than the matrix, r (m + n) < m n.
         suggested: (relative error, smallest rank that reaches it) pairs; None if it lies beyond the values known.
         spectrum: singular values in descending order (leading ones only where method says so).
 
@@ -262,7 +259,7 @@ def inspect_file(
     rows: list[TensorRow] = []
     seen: dict[tuple[Any, ...], str] = {}
     other = other_params = 0
-    with _open(path) as (names, read, together):
+    with open_weights(path) as (names, read, together):
         for done, name in enumerate(names):
             if progress is not None:
                 progress(done, len(names), name)
@@ -298,7 +295,7 @@ def inspect_tensor(name: str, x: Tensor, *, max_side: int = MAX_SIDE) -> TensorR
     Example:
         >>> row = inspect_tensor("w", torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0])))
         >>> row.stable_rank, row.numerical_rank, row.break_even_rank
-        (1.5, 3, 2)
+        (1.5, 3, 1)
     """
     if x.layout != torch.strided or x.is_quantized or x.is_meta:
         return _bare(name, x, "skipped", "not a dense tensor in memory (sparse, quantized or meta)")
@@ -312,7 +309,7 @@ def inspect_tensor(name: str, x: Tensor, *, max_side: int = MAX_SIDE) -> TensorR
         return _bare(name, x, "not finite", f"not finite: {nans} NaN and {infinities} infinite of {x.numel()} entries")
     m, n = matrix.shape
     largest = float(matrix.abs().max())
-    even = m * n // (m + n)
+    even = (m * n - 1) // (m + n)
     if largest == 0:
         zero = tuple((tol, 0) for tol in TOLERANCES)
         values = (0.0,) * min(m, n, max_side)
@@ -388,97 +385,6 @@ def _memory(x: Tensor) -> tuple[Any, ...] | None:
     return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor], bool]]:
-    """Names of the tensors of a file, a function that reads one, and whether all stay in memory side by side."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    size = path.stat().st_size
-    if size == 0:
-        raise _damaged(path, "it has 0 bytes")
-    if path.suffix == ".safetensors" or (head[8:] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size):
-        with _open_safetensors(path) as tensors:
-            names = sorted(tensors.keys(), key=_natural)
-            yield names, lambda name: _read_safetensors(tensors, name, path), False
-    else:
-        loaded = _load_state_dict(path)
-        yield list(loaded), loaded.__getitem__, True
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("inspect_file: safetensors is needed to read this file; pip install safetensors") from error
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which layers.2 comes before layers.10."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(0, int(part), "") if k % 2 else (1, 0, part) for k, part in enumerate(parts)]
-
-
-def _read_safetensors(file: Any, name: str, path: Path) -> Tensor:
-    from safetensors import SafetensorError
-
-    try:
-        return file.get_tensor(name)
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # a dtype this torch does not have
-        raise ValueError(f"inspect_file: tensor {name!r} of {path} cannot be read ({error}); update torch") from error
-
-
-def _load_state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        # Mapped, not read: a large checkpoint then costs the memory of one tensor.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported global" in text or "Unsupported class" in text:
-            raise ValueError(
-                f"inspect_file: expected a state dict, got {path}, which holds pickled Python objects that are not "
-                "opened, since that would run their code; save model.state_dict() instead"
-            ) from error
-        raise _damaged(path, text) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # torch and pickle raise almost any type on a damaged file
-        raise _damaged(path, str(error) or type(error).__name__) from error
-    for _ in range(3):
-        inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded, Mapping) and k in loaded), None)
-        if not isinstance(inner, Mapping):
-            break
-        loaded = inner
-    if isinstance(loaded, Tensor):
-        return {"tensor": loaded}
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"inspect_file: expected a state dict, got a {type(loaded).__name__} in {path}")
-    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-    if not tensors:
-        keys = ", ".join(repr(str(k))[:40] for k in list(loaded)[:8])
-        raise ValueError(
-            f"inspect_file: expected a state dict of tensors, got none in {path} (keys: {keys or 'none'}); "
-            "save model.state_dict()"
-        )
-    return tensors
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _damaged(path: Path, reason: str) -> ValueError:
-    line = shorten(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", reason).split()), 160)
-    return ValueError(
-        f"inspect_file: the file is damaged or of another kind, expected safetensors or a torch state dict, "
-        f"got {path} ({line}); fetch or save it again"
-    )
-
-
 _SPECTRUM_NOTE = (
     "Relative to the largest, both axes logarithmic. The dashed line is the rank that keeps the relative error "
     "below 0.1; what lies to its right would be discarded."
@@ -493,7 +399,7 @@ _COLUMNS = (
     Column("stable", "Stable rank: squared Frobenius norm over squared spectral norm.", numeric=True),
     Column("effective", "Effective rank: exponential of the entropy of the normalized singular values.", numeric=True),
     Column("num", "Numerical rank: singular values that rounding to the stored type cannot have made.", numeric=True),
-    Column("even", "Break-even rank m n / (m + n): two factors of a larger rank hold more than the matrix.", True),
+    Column("even", "Break-even rank: the largest r with r (m + n) < m n, where two factors still hold less.", True),
     *(Column(f"at {t:g}", f"Smallest rank with a relative error of at most {t:g}.", numeric=True) for t in TOLERANCES),
     Column("method", "How the singular values were computed.", html_only=True),
     Column("note", "What else there is to say.", html_only=True),

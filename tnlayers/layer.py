@@ -90,6 +90,7 @@ class NetworkLayer(nn.Module):
             net = self._fit(network if isinstance(network, Network) else network(weight_shape, dtype, device))
         self.cores = nn.ParameterList([nn.Parameter(core.detach().contiguous().clone()) for core in net.cores])
         self._structure = Structure.of(net)
+        self._row_modes, self._col_modes = net.row_modes, net.col_modes  # ranks may change, modes may not
         self.register_load_state_dict_pre_hook(_adopt_ranks)
         self._replan()
 
@@ -154,7 +155,7 @@ class NetworkLayer(nn.Module):
                 f"{name}.set_network: expected cores of {first.dtype} on {first.device}, got {network.dtype} on "
                 f"{network.device}; convert with network.to(...) or the layer with layer.to(...)"
             )
-        if Structure.of(network) != self._structure or network.shape != self.network.shape:
+        if Structure.of(network) != self._structure or network.shape != self._row_modes + self._col_modes:
             raise ValueError(
                 f"{name}.set_network: only ranks may change, expected a network like {self.network!r} "
                 f"({self.network.equation}), got {network!r} ({network.equation}); make another layer instead"

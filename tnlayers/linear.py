@@ -103,7 +103,7 @@ class Linear(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense weight (out_features, in_features), differentiable with respect to the cores."""
-        dense = self._dense().reshape(prod(self.network.row_modes), -1)
+        dense = self._dense().reshape(prod(self._row_modes), -1)
         return dense[: self.out_features, : self.in_features]
 
     def forward(self, x: Inexact[Tensor, "*batch n"]) -> Inexact[Tensor, "*batch m"]:
@@ -112,12 +112,12 @@ class Linear(NetworkLayer):
             raise ValueError(
                 f"Linear: the last axis of x must be in_features, expected {self.in_features}, got {tuple(x.shape)}"
             )
-        net = self.network
-        batch_shape, modes, rows = x.shape[:-1], net.col_modes, net.row_modes
-        batch, width, out = prod(batch_shape), prod(modes), prod(rows)
+        batch_shape = x.shape[:-1]
+        batch, width, out = prod(batch_shape), prod(self._col_modes), prod(self._row_modes)
         if width > self.in_features:
             x = torch.nn.functional.pad(x, (0, width - self.in_features))
-        y = run(self._plan_for(batch).steps, (x.reshape(batch, *modes), *net.cores)).reshape(batch, out)
+        operands = (x.reshape(batch, *self._col_modes), *self.cores)
+        y = run(self._plan_for(batch).steps, operands).reshape(batch, out)
         if out > self.out_features:
             y = y[:, : self.out_features]
         if self.bias is not None:

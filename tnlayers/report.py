@@ -85,6 +85,11 @@ class LayerRow:
     spectra: dict[str, tuple[float, ...]] = field(default_factory=dict)
     cuts: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The name to show: "(model)" for the model itself, which has none."""
+        return self.name or "(model)"
+
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"LayerRow: status must be one of {STATUSES}, got {self.status!r} for {self.name!r}")
@@ -143,7 +148,7 @@ class Report:
         reasons: dict[str, list[str]] = {}
         for row in self.rows:
             if row.status == "kept":
-                reasons.setdefault(printable(row.reason) or "no reason given", []).append(printable(row.name))
+                reasons.setdefault(printable(row.reason) or "no reason given", []).append(printable(row.label))
         if reasons:
             lines += ["", "kept dense:"]
         for reason, names in reasons.items():
@@ -236,7 +241,7 @@ class Report:
             if row.spectra:
                 name = re.sub(r"[^A-Za-z0-9._-]+", "_", row.name).strip("._")[:60] or "layer"
                 written.append(folder / f"spectrum-{k:03d}-{name}.png")
-                figure = spectrum_figure(row.spectra, _cuts(row), f"{row.name}  {by(row.shape)}")
+                figure = spectrum_figure(row.spectra, _cuts(row), f"{row.label}  {by(row.shape)}")
                 write_atomic(written[-1], figure_png(figure))
         return written
 
@@ -250,7 +255,7 @@ class Report:
             ("FLOPs", percent(flops, flops_dense), f"{self._arrow(flops_dense, flops)}, layers listed, one sample"),
             ("Converted", f"{len(self.converted)} of {len(self.rows)}", "layers"),
         ]
-        errors = [(row.error, row.name) for row in self.rows if row.error is not None]
+        errors = [(row.error, row.label) for row in self.rows if row.error is not None]
         if errors:
             worst = max(errors, key=lambda e: math.inf if math.isnan(e[0]) else e[0])
             top.append(("Largest error", number(worst[0]), worst[1]))
@@ -277,7 +282,7 @@ class Report:
         )
 
     def _parameters(self) -> Any:
-        names = [row.name for row in self.rows]
+        names = [row.label for row in self.rows]
         return parameters_figure(names, [r.params_dense for r in self.rows], [r.params for r in self.rows])
 
     @staticmethod
@@ -311,8 +316,9 @@ def _cells(row: LayerRow) -> list[Cell]:
     kept = row.status == "kept"
     shape, ranks = by(row.shape), ",".join(map(str, row.ranks))
     ratio = row.params / row.params_dense if row.params_dense else None
+    work = row.flops / row.flops_dense if row.flops_dense else None
     return [
-        Cell(row.name, row.name),
+        Cell(row.label, row.label),
         Cell(shorten(row.kind, 15), row.kind),
         Cell(shorten(shape, 16), math.prod(row.shape)),
         Cell(shorten(row.format, 13), row.format, "quiet" if kept else ""),
@@ -321,7 +327,7 @@ def _cells(row: LayerRow) -> list[Cell]:
         Cell(compact(row.params_dense), row.params_dense),
         Cell(compact(row.params), row.params),
         Cell(percent(row.params, row.params_dense), ratio, _judge(ratio)),
-        Cell(percent(row.flops, row.flops_dense), row.flops / row.flops_dense if row.flops_dense else None),
+        Cell(percent(row.flops, row.flops_dense), work, _judge(work)),
         Cell(number(row.error), row.error, _unsound(row.error)),
         Cell(number(row.output_bound), row.output_bound, _unsound(row.output_bound)),
         Cell(row.reason, row.reason or None, "wrap quiet"),
@@ -349,8 +355,8 @@ def _picture(row: LayerRow) -> tuple[str, str, str]:
         for bond, values in row.spectra.items()
     ]
     figure = spectrum_figure(row.spectra, cuts, **PAGE_FIGURE)  # type: ignore[arg-type]
-    alt = f"Singular values of {row.name}. {'; '.join(bonds)}."
-    return row.name, f"{by(row.shape)}, {row.format}", inline_image(figure_png(figure, transparent=True), alt)
+    alt = f"Singular values of {row.label}. {'; '.join(bonds)}."
+    return row.label, f"{by(row.shape)}, {row.format}", inline_image(figure_png(figure, transparent=True), alt)
 
 
 def plain(value: float | None) -> float | str | None:
