@@ -1,1 +1,3 @@
-"""Tensors from few of their entries."""
+"""Tensors from few of their entries. So far: dominant submatrices, which cross approximation rests on."""
+
+from cross_approx.maxvol import maxvol as maxvol

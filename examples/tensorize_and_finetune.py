@@ -57,7 +57,7 @@ def main(quick: bool = False) -> dict[str, float]:
         nn.ReLU(),
         nn.Linear(256, 10),
     )
-    train(model, x, y, epochs=2 if quick else 15, lr=2e-3)
+    train(model, x, y, epochs=4 if quick else 15, lr=2e-3)
     dense = accuracy(model, test_x, test_y)
 
     report = tnlayers.tensorize(
@@ -71,7 +71,7 @@ def main(quick: bool = False) -> dict[str, float]:
     )
     print(report)
     converted = accuracy(model, test_x, test_y)
-    train(model, x, y, epochs=1 if quick else 3, lr=1e-3)
+    train(model, x, y, epochs=3 if quick else 6, lr=2e-3)
     tuned = accuracy(model, test_x, test_y)
     kept = report.params / report.params_dense
     print(f"accuracy: dense {dense:.3f}, converted {converted:.3f}, fine-tuned {tuned:.3f}; parameters kept {kept:.1%}")

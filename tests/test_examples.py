@@ -29,4 +29,4 @@ def test_tensorize_and_finetune_keeps_the_accuracy():
     pytest.importorskip("sklearn")
     result = load(EXAMPLES[0].parent / "tensorize_and_finetune.py").main(quick=True)
     assert result["kept"] < 0.12
-    assert result["tuned"] > result["dense"] - 0.05
+    assert result["tuned"] > max(result["converted"], result["dense"] - 0.05)

@@ -1,0 +1,51 @@
+"""Dominant submatrices: the entrywise guarantee, against brute force, on hard matrices."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cross_approx import maxvol
+
+
+@given(st.integers(1, 6), st.integers(0, 40), st.integers(0, 3), st.floats(0.01, 0.5))
+def test_coefficients_are_bounded(r, more, kind, tau):
+    n = r + more
+    a = torch.randn(n, r, dtype=torch.float64, generator=torch.Generator().manual_seed(100 * n + r))
+    if kind == 1:
+        a = a * 10.0 ** -torch.linspace(0, 10, n).double()[:, None]  # rows over ten decades
+    if kind == 2:
+        a = torch.vander(torch.linspace(-1, 1, n, dtype=torch.float64), r)
+    if kind == 3:
+        a = a.to(torch.complex128) * torch.exp(1j * torch.arange(n))[:, None]
+    rows = maxvol(a, tau)
+    assert len(set(rows.tolist())) == r
+    q = torch.linalg.qr(a).Q
+    coefficients = torch.linalg.solve(q[rows], q, left=False)
+    assert float(coefficients.abs().max()) <= 1 + tau + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_volume_against_brute_force(seed):
+    a = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    best = max(float(torch.linalg.det(a[list(rows)]).abs()) for rows in combinations(range(9), 3))
+    found = float(torch.linalg.det(a[maxvol(a, 0.01)]).abs())
+    assert found >= best * 1.01**-3 * 3**-1.5
+
+
+def test_deficient_zero_and_half_precision_matrices():
+    assert sorted(maxvol(torch.zeros(4, 2)).tolist()) != [0, 0]
+    deficient = torch.ones(6, 1) @ torch.ones(1, 3)
+    assert len(set(maxvol(deficient).tolist())) == 3
+    assert len(set(maxvol(torch.randn(20, 4).bfloat16()).tolist())) == 4
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"n >= r, got shape \(2, 3\)"):
+        maxvol(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="1 NaN"):
+        maxvol(torch.tensor([[float("nan")], [1.0]]))
+    with pytest.raises(ValueError, match="tau"):
+        maxvol(torch.eye(2), tau=0)
