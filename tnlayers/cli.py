@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 unexpected error, 2 bad input (one line on stderr), 130 in
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 app = typer.Typer(
     name="tnlayers",
@@ -49,16 +48,21 @@ INSPECT_EXAMPLES = """[bold]Examples[/bold]
 """
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"tnlayers {version('tnlayers')}")
+        raise typer.Exit()
+
+
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     """Tensor-network layers: train and compare them, look into weight files."""
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"tnlayers {installed('tnlayers')}")
-        raise typer.Exit()
 
 
 @app.command(epilog=TRAIN_EXAMPLES)
@@ -72,14 +76,14 @@ def train(
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     seeds: Annotated[int, typer.Option(help="Number of seeds; the table shows mean and spread.")] = 1,
     epochs: Annotated[int | None, typer.Option(help="Of dense and scratch; 30 for small data, else 6.")] = None,
-    finetune_epochs: Annotated[int, typer.Option(help="After the conversion.")] = 1,
+    finetune_epochs: Annotated[int | None, typer.Option(help="After the conversion; 3 for small data, else 1.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step; 32 for small data, else 128.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     tensorized_share: Annotated[float, typer.Option(help="Parameters kept by the conversion, at most.")] = 0.10,
     scratch_share: Annotated[float, typer.Option(help="Parameters of the net from scratch, at most.")] = 0.08,
     limit: Annotated[int | None, typer.Option(help="Keep that many training and test images.")] = None,
     size: Annotated[int | None, typer.Option(help="Resize to SIZE x SIZE (imagefolder).")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's number by default.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 1 for small data, else torch's number.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget what OUT holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -126,23 +130,31 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A safetensors file, or a state dict saved by torch.")],
     html: Annotated[Path | None, typer.Option(help="Also write the page with all spectra.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Singular values of a weight file: stable and effective rank, ranks to convert at."""
 
     def work() -> None:
         from tnlayers.inspection import inspect_file
+        from tnlayers.main_job import Event
 
-        inspection = inspect_file(file)
+        with _watcher(quiet or not sys.stderr.isatty()) as watch:
+
+            def tell(done: int, total: int, name: str) -> None:
+                if watch is not None:
+                    watch(Event("step", name, done, total))
+
+            inspection = inspect_file(file, progress=tell)
         if html is not None:
             inspection.html(html)
         if as_json:
-            _print_json(inspection.to_json())
+            _print_json(inspection.to_dict())
         else:
             typer.echo(inspection.table())
             if html is not None:
                 typer.echo(f"{html} written")
 
-    _guard(work, "interrupted; nothing was written")
+    _guard(work, "interrupted; nothing was written", (ValueError, OSError))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,18 +162,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app(args=None if arguments is None else list(arguments))
 
 
-def _guard(work: Callable[[], None], interrupted: str) -> None:
-    """Run a command's work; user errors become one line and exit code 2, Ctrl-C exit code 130."""
+def _guard(work: Callable[[], None], interrupted: str, refused: tuple[type[Exception], ...] = ()) -> None:
+    """Run a command's work; user errors become one line and exit code 2, Ctrl-C exit code 130.
+
+    Anything else is a fault of ours and keeps its traceback (exit code 1).
+    """
     from tnlayers.data import DataError
     from tnlayers.main_rows import JobError
     from tnlayers.training import TrainingError
 
+    bad_input: tuple[type[Exception], ...] = (DataError, JobError, TrainingError, ImportError, *refused)
     try:
         work()
     except KeyboardInterrupt:
         _fail(interrupted, 130)
-    except (DataError, JobError, TrainingError, ImportError) as error:
+    except bad_input as error:
         _fail(str(error), 2)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # nobody reads the output any more
+            raise
+        _fail(f"{error}; what was finished before is kept", 1)
 
 
 def _fail(message: str, code: int) -> None:
@@ -189,6 +209,9 @@ class _Bar:
     """Progress on stderr: one bar for the whole job, one line a finished row above it."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
             console=Console(stderr=True),

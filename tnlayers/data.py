@@ -10,19 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tnlayers.cifar import read_cifar10
 from tnlayers.readers import (
-    CIFAR_CLASSES,
     MAX_BYTES,
     DataError,
     Progress,
     Split,
     fail,
-    read_cifar10,
     read_imagefolder,
     read_mnist,
 )
 
-__all__ = ["CIFAR_CLASSES", "SPECS", "DataError", "Dataset", "load_data"]
+__all__ = ["SPECS", "DataError", "Dataset", "load_data"]
 
 SPECS = ("digits", "mnist:PATH", "fashion-mnist:PATH", "cifar10:PATH", "imagefolder:PATH")
 DIGITS = tuple("0123456789")
@@ -88,7 +87,7 @@ def load_data(
     Example:
         >>> data = load_data("digits", limit=100)
         >>> tuple(data.train_x.shape), data.classes[:3], load_data("digits").test_y.bincount().tolist()[:3]
-        ((100, 1, 8, 8), ('0', '1', '2'), [44, 46, 44])
+        ((100, 1, 8, 8), ('0', '1', '2'), [45, 46, 44])
     """
     name, path = _parse(spec)
     if size is not None and name != "imagefolder":

@@ -6,10 +6,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import math
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,13 +18,11 @@ from torch import nn
 from tnlayers.checkpoint import load, save
 from tnlayers.convert import tensorize
 from tnlayers.data import Dataset, load_data
+from tnlayers.main_config import JobConfig, hardware_facts, settings_of
 from tnlayers.main_rows import DENSE, SCRATCH, TENSORIZED, VARIANTS, JobError, Row, RowStore, Summary, summarize
-from tnlayers.nets import NETS, choose_recipes, dense_net, parameter_count, scratch_net
+from tnlayers.nets import choose_recipes, dense_net, parameter_count, scratch_net
 from tnlayers.surgery import network_layers
 from tnlayers.training import INFERENCE_BATCH, Training, accuracy, flops_per_sample, inference_ms, train
-
-SMALL_DATA = 10_000
-"""Training images below which an epoch is short: more epochs and smaller batches by default."""
 
 
 @dataclass(frozen=True)
@@ -49,87 +43,6 @@ class Event:
 
 
 Watch = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class JobConfig:
-    """Settings of the main job.
-
-    Args:
-        data: spec for `tnlayers.data.load_data`.
-        out: folder for rows, models, reports, figures and the page.
-        seed: of the first run.
-        seeds: number of runs; they take the seeds seed, seed + 1, ...
-        nets: which networks, of "mlp" and "cnn".
-        epochs: of dense and scratch; None is 30 below 10,000 training images, else 6.
-        finetune_epochs: after conversion.
-        batch_size: None is 32 below 10,000 training images, else 128.
-        lr: peak learning rate of AdamW.
-        finetune_lr: the same after conversion; None is half of lr.
-        tensorized_share: parameters of the converted network, as a part of the dense one's, at most.
-        scratch_share: the same for tensor layers from scratch.
-        limit: training images to keep, and as many test images.
-        size: height and width to resize to (imagefolder).
-        threads: CPU threads; None leaves torch's number.
-        overwrite: start anew in a folder that holds other results.
-
-    Raises:
-        JobError: a value out of range, by name.
-
-    Example:
-        >>> JobConfig(seeds=3).seed_list
-        (0, 1, 2)
-    """
-
-    data: str = "digits"
-    out: str | os.PathLike[str] = "runs/digits"
-    seed: int = 0
-    seeds: int = 1
-    nets: tuple[str, ...] = NETS
-    epochs: int | None = None
-    finetune_epochs: int = 1
-    batch_size: int | None = None
-    lr: float = 2e-3
-    finetune_lr: float | None = None
-    tensorized_share: float = 0.10
-    scratch_share: float = 0.08
-    limit: int | None = None
-    size: int | None = None
-    threads: int | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "finetune_epochs", "epochs", "batch_size", "limit", "size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise JobError(f"train: {name} must be at least 1, got {value}")
-        for name in ("lr", "finetune_lr"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise JobError(f"train: {name} must be a positive number, got {value}")
-        for name in ("tensorized_share", "scratch_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise JobError(f"train: {name} must lie in (0, 1], got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**31:
-            raise JobError(f"train: seed must lie in 0..2^31 - 1, got {self.seed}")
-        unknown = [net for net in self.nets if net not in NETS]
-        if unknown or not self.nets or len(set(self.nets)) != len(self.nets):
-            raise JobError(f"train: nets must be distinct names of {', '.join(NETS)}, got {', '.join(self.nets)!r}")
-
-    @property
-    def seed_list(self) -> tuple[int, ...]:
-        """Seeds of the runs."""
-        return tuple(range(self.seed, self.seed + self.seeds))
-
-    def complete(self, data: Dataset) -> JobConfig:
-        """Return the same settings with the defaults that depend on the data filled in."""
-        small = len(data.train_x) < SMALL_DATA
-        return replace(
-            self,
-            epochs=self.epochs or (30 if small else 6),
-            batch_size=self.batch_size or (32 if small else 128),
-            finetune_lr=self.finetune_lr or self.lr / 2,
-        )
 
 
 @dataclass(frozen=True)
@@ -200,12 +113,12 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
     watch = progress or (lambda event: None)
     before = torch.get_num_threads()
     try:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         data = _load(config, watch)
         config = config.complete(data)
+        assert config.threads is not None
+        torch.set_num_threads(config.threads)
         _check_nets(config, data)
-        settings = _settings(config, data)
+        settings = settings_of(config, data)
         with RowStore.open(Path(config.out), settings, overwrite=config.overwrite) as store:
             trained = _Runner(config, data, store, watch).run()
             rows = store.select(config.nets, config.seed_list)
@@ -215,24 +128,6 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
             return result
     finally:
         torch.set_num_threads(before)
-
-
-def hardware_facts() -> dict[str, Any]:
-    """Processor, threads and versions, for the foot of a table."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
 
 
 def _load(config: JobConfig, watch: Watch) -> Dataset:
@@ -253,31 +148,6 @@ def _check_nets(config: JobConfig, data: Dataset) -> None:
                 choose_recipes(dense_net(net, data.shape, len(data.classes)), config.tensorized_share)
         except ValueError as error:
             raise JobError(f"train: {net} on {config.data}: {error}") from None
-
-
-def _settings(config: JobConfig, data: Dataset) -> dict[str, Any]:
-    name, colon, path = config.data.partition(":")
-    digest = hashlib.sha256()
-    for tensor in (data.train_y, data.test_y, data.train_x, data.test_x):
-        digest.update(tensor.numpy())
-    return {
-        "data": f"{name}:{Path(path).expanduser().resolve()}" if colon else name,
-        "data_sha256": digest.hexdigest()[:16],
-        "train_images": len(data.train_x),
-        "test_images": len(data.test_x),
-        "shape": list(data.shape),
-        "epochs": config.epochs,
-        "finetune_epochs": config.finetune_epochs,
-        "batch_size": config.batch_size,
-        "lr": config.lr,
-        "finetune_lr": config.finetune_lr,
-        "tensorized_share": config.tensorized_share,
-        "scratch_share": config.scratch_share,
-        "limit": config.limit,
-        "size": config.size,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
 
 
 @dataclass
@@ -344,7 +214,6 @@ class _Runner:
         report = tensorize(model, recipes, example_input=self.data.train_x[: self.config.batch_size])
         report = replace(report, title=f"{net} on {self.data.name}, seed {seed}: conversion")
         page = f"reports/{net}-seed{seed}.html"
-        self.store.path("reports").mkdir(exist_ok=True)
         report.html(self.store.path(page))
         before = accuracy(model, self.data.test_x, self.data.test_y)
         trained = self._fit(model, net, TENSORIZED, seed)
@@ -394,7 +263,6 @@ class _Runner:
     ) -> None:
         """Measure, save the model, and only then write the row."""
         images = self.data.test_x[:INFERENCE_BATCH]
-        self.store.path("models").mkdir(exist_ok=True)
         file = save(model, self._model_file(net, variant, seed))
         row = Row(
             net=net,

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from tnlayers.main_job import JobResult
 
 COLORS = {DENSE: MUTED, TENSORIZED: LINES[1], SCRATCH: LINES[0]}
-MARKS = {"mlp": "s", "cnn": "o"}
+MARKS = {"mlp": ("s", 9.0), "cnn": ("o", 6.0)}
+"""Marker and size: the smaller one is drawn over the larger, so that equal points are both seen."""
 LABELS = {DENSE: "dense", TENSORIZED: "tensorized, fine-tuned", SCRATCH: "tensor layers from scratch"}
+SHORT = {DENSE: "dense", TENSORIZED: "tensorized", SCRATCH: "from scratch"}
 
 
 def write_outputs(result: JobResult, data: Dataset) -> list[Path]:
@@ -31,9 +33,6 @@ def write_outputs(result: JobResult, data: Dataset) -> list[Path]:
     Returns:
         The files written.
     """
-    from tnlayers.figures import np  # matplotlib needs numpy; both are dependencies
-
-    assert np is not None
     nets = list(dict.fromkeys(row.net for row in result.rows))
     written = []
     for net in nets:
@@ -55,10 +54,12 @@ def page(result: JobResult, data: Dataset) -> str:
     summaries = result.summaries
     note = footnote(result.settings, result.hardware, summaries)
     nets = list(dict.fromkeys(row.net for row in result.rows))
-    pictures = [("Accuracy against parameters", data.name, _inline(accuracy_figure(summaries, data.name, size=SMALL)))]
+    first = "Accuracy against parameters"
+    pictures = [(first, data.name, _inline(accuracy_figure(summaries, "", size=SMALL), first))]
     for net in nets:
         rows = [row for row in result.rows if row.net == net]
-        pictures.append((f"Learning curves, {net}", "test images", _inline(curves_figure(rows, "", size=SMALL))))
+        caption = f"Learning curves, {net}"
+        pictures.append((caption, "test images", _inline(curves_figure(rows, "", size=SMALL), caption)))
     sections = [
         ("", tiles(_tiles(summaries))),
         ("Results", html_table(COLUMNS, [cells(s) for s in summaries], caption="Results") + paragraph(note)),
@@ -74,8 +75,8 @@ def page(result: JobResult, data: Dataset) -> str:
 SMALL = (4.6, 3.3)
 
 
-def _inline(figure: Figure) -> str:
-    return inline_image(figure_png(figure, transparent=True), "The table holds the numbers of this figure.")
+def _inline(figure: Figure, caption: str) -> str:
+    return inline_image(figure_png(figure, transparent=True), f"{caption}; the table holds the numbers.")
 
 
 def _tiles(summaries: Sequence[Summary]) -> list[tuple[str, str, str]]:
@@ -144,7 +145,10 @@ def curves_figure(rows: Sequence[Row], title: str, *, size: tuple[float, float] 
     _accuracy_axis(axes, [100 * value for row in rows for value in _settled(row)])
     _whole_epochs(axes, max(row.epochs for row in rows) if rows else 1, rows, dense_epochs)
     axes.set_xlabel("epoch", color=MUTED, fontsize=8.5)
-    axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK, handlelength=1.4)
+    figure.legend(
+        loc="outside lower left", ncols=3, fontsize=8, frameon=False, labelcolor=INK, handlelength=1.4,
+        columnspacing=1.2,
+    )  # fmt: skip
     if title:
         axes.set_title(title, color=INK, fontsize=10.5, loc="left", pad=8)
     return figure
@@ -194,29 +198,35 @@ def accuracy_figure(
     """
     figure, axes = _axes(size, dpi)
     for s in summaries:
+        mark, side = MARKS.get(s.net, ("^", 7.0))
         axes.errorbar(
             s.parameters, 100 * s.accuracy, yerr=None if s.spread is None else 100 * s.spread, color=COLORS[s.variant],
-            marker=MARKS.get(s.net, "^"), markersize=7, linewidth=1, capsize=2.5, markeredgecolor="white", zorder=3,
+            marker=mark, markersize=side, linewidth=1, capsize=side / 3, markeredgecolor="white", zorder=20 - side,
         )  # fmt: skip
-        axes.annotate(
-            s.net, (s.parameters, 100 * s.accuracy), xytext=(7, 4), textcoords="offset points", fontsize=8, color=INK
-        )
     counts = [s.parameters for s in summaries] or [1.0, 10.0]
-    _logarithmic(axes, "x", min(counts), max(counts), room=0.12)
+    _logarithmic(axes, "x", min(counts) / 1.3, max(counts) * 1.3, room=0)
     spreads = [100 * (s.accuracy + sign * (s.spread or 0)) for s in summaries for sign in (-1, 1)]
     _accuracy_axis(axes, spreads)
     axes.set_xlabel("parameters", color=MUTED, fontsize=8.5)
-    _variant_legend(axes, [v for v in VARIANTS if any(s.variant == v for s in summaries)])
+    _marks_legend(axes, [v for v in VARIANTS if any(s.variant == v for s in summaries)], {s.net for s in summaries})
     if title:
         axes.set_title(title, color=INK, fontsize=10.5, loc="left", pad=8)
     return figure
 
 
-def _variant_legend(axes: Axes, variants: Sequence[str]) -> None:
+def _marks_legend(axes: Axes, variants: Sequence[str], nets: set[str]) -> None:
+    """Colours are variants; where there are two networks, shapes are networks."""
     from matplotlib.lines import Line2D
 
-    marks = [Line2D([], [], color=COLORS[v], marker="o", linestyle="", markersize=6, label=LABELS[v]) for v in variants]
+    def mark(color: str, shape: str, size: float, label: str) -> Line2D:
+        return Line2D([], [], color=color, marker=shape, linestyle="", markersize=size, label=label)
+
+    handles = [mark(COLORS[variant], "o", 6, SHORT[variant]) for variant in variants]
+    if len(nets) > 1:
+        handles += [mark(INK, *MARKS[net], net) for net in MARKS if net in nets]
+        for handle in handles[len(variants) :]:
+            handle.set_markerfacecolor("none")
     axes.figure.legend(
-        handles=marks, loc="outside lower left", ncols=3, fontsize=8, frameon=False, labelcolor=INK, handletextpad=0.2,
-        columnspacing=1.2,
+        handles=handles, loc="outside lower left", ncols=5, fontsize=8, frameon=False, labelcolor=INK,
+        handletextpad=0.2, columnspacing=1.2,
     )  # fmt: skip

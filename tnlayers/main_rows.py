@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import statistics
@@ -130,7 +129,7 @@ class RowStore:
             _take(lock, folder)
             rows = [] if overwrite else _read_rows(folder, settings)
             store = cls(folder, settings, rows, lock)
-            store._write()
+            store._prepare()
         except BaseException:
             lock.close()
             raise
@@ -163,6 +162,15 @@ class RowStore:
         """Rows of these networks and seeds, in the order of the table."""
         keys = [(net, variant, seed) for net in nets for variant in VARIANTS for seed in seeds]
         return tuple(self._rows[key] for key in keys if key in self._rows)
+
+    def _prepare(self) -> None:
+        """Write the settings, and make the folders for models and reports."""
+        try:
+            self._write()
+            for name in ("models", "reports"):
+                self.path(name).mkdir(exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise JobError(f"train: --out must be a folder that can be written, got {self.folder} ({error})") from None
 
     def _write(self) -> None:
         content = {
@@ -204,7 +212,7 @@ def _read_rows(folder: Path, settings: dict[str, Any]) -> list[Row]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JobError(f"train: {file} cannot be read ({' '.join(str(error).split())[:200]}); {remedy}") from None
     if found != settings:
-        names = sorted(k for k in {*found, *settings} if found.get(k) != settings.get(k))
+        names = [k for k in {**settings, **found} if found.get(k) != settings.get(k)]
         there, here = found.get(names[0]), settings.get(names[0])
         raise JobError(
             f"train: {folder} holds rows of other settings, {names[0]} = {there} there and {here} here "
@@ -333,13 +341,15 @@ def table(summaries: Sequence[Summary], *, width: int = 120) -> str:
 
 def footnote(settings: Mapping[str, Any], hardware: Mapping[str, Any], summaries: Sequence[Summary]) -> str:
     """One line under a table: data, recipe, machine."""
-    seeds = len(summaries[0].seeds) if summaries else 0
-    batch = summaries[0].inference_batch if summaries else 0
-    with contextlib.suppress(KeyError):
-        return (
-            f"{settings['train_images']:,} training and {settings['test_images']:,} test images, "
-            f"{settings['epochs']} epochs (fine-tuning {settings['finetune_epochs']}), batch {settings['batch_size']}, "
-            f"inference batch {batch}, {seeds} seed{'s' * (seeds != 1)}; "
-            f"{hardware['cpu']}, {hardware['threads']} threads, torch {hardware['torch']}"
-        )
-    return ""
+    seeds = max((len(summary.seeds) for summary in summaries), default=0)
+    batch = max((summary.inference_batch for summary in summaries), default=0)
+    return (
+        f"{settings['train_images']:,} training and {settings['test_images']:,} test images, "
+        f"{_count(settings['epochs'], 'epoch')} (fine-tuning {settings['finetune_epochs']}), "
+        f"batch {settings['batch_size']}, inference batch {batch}, {_count(seeds, 'seed')}; "
+        f"{hardware['cpu']}, {_count(hardware['threads'], 'thread')}, torch {hardware['torch']}"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ MINOR = 0.05
 """Layers with a smaller share of the parameters stay dense: nothing is gained there."""
 
 Shape = tuple[int, int, int]
+Dense = nn.Linear | nn.Conv2d
 
 
 def dense_net(net: str, shape: Shape, classes: int) -> nn.Sequential:
@@ -114,7 +114,7 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def major_layers(model: nn.Module) -> dict[str, nn.Module]:
+def major_layers(model: nn.Module) -> dict[str, Dense]:
     """Linear and convolution layers whose weight holds at least 5 % of the model's parameters, by name.
 
     Example:
@@ -171,10 +171,10 @@ def scratch_networks(model: nn.Module, share: float) -> dict[str, RandomNetwork]
     raise _too_small("scratch_net", share, model, major)
 
 
-def _networks(major: dict[str, nn.Module], rank: int, halvings: int) -> dict[str, RandomNetwork]:
+def _networks(major: dict[str, Dense], rank: int, halvings: int) -> dict[str, RandomNetwork]:
     made = {}
     for name, module in major.items():
-        out, width = module.weight.shape[:2]  # type: ignore[union-attr, misc]
+        out, width = module.weight.shape[:2]
         if isinstance(module, nn.Conv2d):
             ranks = (max(1, out >> halvings), max(1, width >> halvings))
             made[name] = random_network(Tucker, rank=ranks, modes=(0, 1))
@@ -183,28 +183,28 @@ def _networks(major: dict[str, nn.Module], rank: int, halvings: int) -> dict[str
     return made
 
 
-def _numel(networks: dict[str, RandomNetwork], major: dict[str, nn.Module]) -> int:
+def _numel(networks: dict[str, RandomNetwork], major: dict[str, Dense]) -> int:
     meta = torch.device("meta")
     return sum(
         core.numel()
         for name, factory in networks.items()
-        for core in factory(tuple(major[name].weight.shape), torch.float32, meta).cores  # type: ignore[arg-type]
+        for core in factory(tuple(major[name].weight.shape), torch.float32, meta).cores
     )
 
 
-def _fresh(dense: Any, factory: RandomNetwork) -> nn.Module:
+def _fresh(dense: Dense, factory: RandomNetwork) -> nn.Module:
     if isinstance(dense, nn.Linear):
         return Linear(dense.in_features, dense.out_features, network=factory)
     size, padding = dense.kernel_size, dense.padding
     return Conv2d(dense.in_channels, dense.out_channels, size, padding=padding, network=factory)
 
 
-def _kept(model: nn.Module, major: dict[str, nn.Module]) -> int:
+def _kept(model: nn.Module, major: dict[str, Dense]) -> int:
     """Parameters that stay as they are: minor layers and all biases."""
-    return parameter_count(model) - sum(module.weight.numel() for module in major.values())  # type: ignore[operator, union-attr, misc]
+    return parameter_count(model) - sum(module.weight.numel() for module in major.values())
 
 
-def _too_small(function: str, share: float, model: nn.Module, major: dict[str, nn.Module]) -> ValueError:
+def _too_small(function: str, share: float, model: nn.Module, major: dict[str, Dense]) -> ValueError:
     total = parameter_count(model)
     return ValueError(
         f"{function}: no ranks fit, expected at most {share:.1%} of {total:,} parameters, but {_kept(model, major):,} "
@@ -247,7 +247,7 @@ def choose_recipes(model: nn.Module, share: float) -> dict[str, Recipe]:
 
     The rule: the layers of `major_layers` are converted, linear ones by SVD, convolutions to Tucker-2. All ranks start
     at 1; then, as long as it fits, the rank grows by one where that removes most of the relative squared error of its
-    weight for each parameter it costs.
+    weight for each parameter it costs. A network never gets as large as the weight it stands for.
 
     Args:
         model: dense and trained.
@@ -263,7 +263,7 @@ def choose_recipes(model: nn.Module, share: float) -> dict[str, Recipe]:
         (['fc1', 'fc2'], True)
     """
     major = major_layers(model)
-    layers = {name: _Bonds.of(module.weight) for name, module in major.items()}  # type: ignore[arg-type]
+    layers = {name: _Bonds.of(module.weight) for name, module in major.items()}
     left = share * parameter_count(model) - _kept(model, major) - sum(b.count(b.ranks) for b in layers.values())
     if left < 0:
         raise _too_small("choose_recipes", share, model, major)
@@ -279,6 +279,7 @@ def _steps(bonds: _Bonds, left: float) -> list[tuple[float, int, _Bonds, list[in
     for k, squares in enumerate(bonds.squares):
         rank, ranks = bonds.ranks[k], bonds.grown(k)
         cost = bonds.count(ranks) - bonds.count(bonds.ranks)
-        if rank < len(squares) and cost <= left:
+        gains = bonds.count(ranks) < bonds.weight.numel()
+        if rank < len(squares) and cost <= left and gains:
             found.append((float(squares[rank]) / cost, cost, bonds, ranks))
     return found
