@@ -1,6 +1,6 @@
 """What `import tnlayers` adds to `import torch`: whole processes, in turn, medians of their ratio.
 
-    python benchmarks/imports.py            half a minute
+python benchmarks/imports.py            half a minute
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from tnlayers.files import write_atomic
-from tnlayers.main_job import hardware_line
+from tnlayers.main_job.config import hardware_facts
 
 RESULTS = Path(__file__).parent / "results"
 ALLOWED = 1.15
@@ -38,11 +38,14 @@ def main(runs: int) -> int:
         "allowed": ALLOWED,
         "reached": ratio <= ALLOWED,
         "runs": runs,
+        "hardware": hardware_facts(),
     }
+    facts = hardware_facts()
+    hardware = f"{facts['cpu']}, torch {facts['torch']}"
     text = (
         f"import torch {rows['import torch, seconds']:.3f} s, import tnlayers {rows['import tnlayers, seconds']:.3f} s, "
         f"ratio {ratio:.3f} (at most {ALLOWED}): {'reached' if rows['reached'] else 'MISSED'}\n"
-        f"median of {runs} interleaved process pairs; {hardware_line()}"
+        f"median of {runs} interleaved process pairs; {hardware}"
     )
     print(text)
     write_atomic(RESULTS / "imports.json", json.dumps(rows, indent=1) + "\n")

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tnlayers.data import DataError
 from tnlayers.files import write_atomic
-from tnlayers.main_job import Event, JobConfig, JobResult, run
-from tnlayers.main_rows import SCRATCH, TENSORIZED, JobError, Summary, footnote, table
+from tnlayers.main_job.data import DataError
+from tnlayers.main_job.job import Event, JobConfig, JobResult, run
+from tnlayers.main_job.rows import SCRATCH, TENSORIZED, JobError, Summary, footnote, table
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = {SCRATCH: (0.08, 0.3), TENSORIZED: (0.10, 0.2)}

@@ -1,9 +1,11 @@
 """Unfoldings, sign-fixed QR and truncated bases: the dense linear algebra under every decomposition."""
 
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from math import isfinite, prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Inexact
@@ -16,6 +18,23 @@ METHODS = ("auto", "exact", "gram", "randomized")
 
 GRAM_CHUNK = 1 << 15
 """Columns of one block of a float64 Gram product: small enough to stay in cache, large enough for GEMM speed."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function with autocast off: QR, SVD and norms in a training step keep the precision of their input."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        devices = (getattr(value, "device", None) for value in (*args, *kwargs.values()))
+        device = next((device.type for device in devices if isinstance(device, torch.device)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class TruncationWarning(UserWarning):
@@ -146,7 +165,9 @@ def check_ranks(name: str, rank: int | Sequence[int] | None, possible: Sequence[
     return list(rank)
 
 
-def positive_qr(matrix: Inexact[Tensor, "m n"]) -> tuple[Inexact[Tensor, "m k"], Inexact[Tensor, "k n"]]:
+def positive_qr(
+    matrix: Inexact[Tensor, "*batch m n"],
+) -> tuple[Inexact[Tensor, "*batch m k"], Inexact[Tensor, "*batch k n"]]:
     """Reduced QR with a non-negative diagonal of R, which makes it unique for full column rank.
 
     Half precision is factored in float32 and cast back.
@@ -274,9 +295,12 @@ def relative_error(approximation: Tensor, exact: Tensor) -> float:
 
 
 def warn_truncation(name: str, error: float, tol: float, reason: str) -> None:
-    """Say once, with the number, that the tolerance was not reached."""
+    """Say, with the number and at the caller's line, that the tolerance was not reached."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("decompositions."):
+        frame, level = frame.f_back, level + 1
     warnings.warn(
         f"{name}: the tolerance was not reached, expected relative error <= {tol:.3g}, got {error:.3g} ({reason})",
         TruncationWarning,
-        stacklevel=3,
+        stacklevel=level,
     )

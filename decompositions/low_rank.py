@@ -7,7 +7,7 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from decompositions.formats.low_rank import LowRank
-from decompositions.linalg import Method, check_ranks, check_tensor, positive_qr, safe_svd
+from decompositions.linalg import Method, check_ranks, check_tensor, full_precision, positive_qr, safe_svd
 from decompositions.truncation import Truncation
 
 
@@ -31,6 +31,7 @@ def svd(
     with_error: Literal[True],
     generator: torch.Generator | None = None,
 ) -> tuple[LowRank, float]: ...
+@full_precision
 def svd(
     matrix: Inexact[Tensor, "m *n"],
     rank: int | None = None,

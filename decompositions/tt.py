@@ -10,12 +10,13 @@ from torch import Tensor
 from decompositions.formats.modes import balanced_modes
 from decompositions.formats.tt import TT, chain_ranks, chain_shapes
 from decompositions.formats.tt_matrix import TTMatrix
-from decompositions.linalg import Method, check_ranks, check_tensor
+from decompositions.linalg import Method, check_ranks, check_tensor, full_precision
 from decompositions.truncation import Truncation
 
 Ranks = int | Sequence[int] | None
 
 
+@full_precision
 def tt_svd(
     x: Inexact[Tensor, "..."],
     rank: Ranks = None,
@@ -67,6 +68,7 @@ def tt_svd(
     return task.finish(TT(cores, num_rows, chain), with_error)
 
 
+@full_precision
 def ttm_svd(
     weight: Inexact[Tensor, "m *n"],
     row_modes: Sequence[int] | None = None,

@@ -7,12 +7,13 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from decompositions.formats.tucker import Tucker
-from decompositions.linalg import Method, basis, check_ranks, check_tensor, fold, unfold
+from decompositions.linalg import Method, basis, check_ranks, check_tensor, fold, full_precision, unfold
 from decompositions.truncation import Truncation
 
 Ranks = int | Sequence[int] | None
 
 
+@full_precision
 def hosvd(
     x: Inexact[Tensor, "..."],
     rank: Ranks = None,
@@ -62,6 +63,7 @@ def hosvd(
     return task.finish(Tucker(core, factors, axes, num_rows), with_error)
 
 
+@full_precision
 def st_hosvd(
     x: Inexact[Tensor, "..."],
     rank: Ranks = None,
@@ -111,6 +113,7 @@ def st_hosvd(
     return task.finish(Tucker(core, factors, axes, num_rows), with_error)
 
 
+@full_precision
 def hooi(
     x: Inexact[Tensor, "..."],
     rank: Ranks = None,
@@ -163,6 +166,7 @@ def hooi(
     return _iterate(start, num_rows, max_sweeps, improvement, with_error)
 
 
+@full_precision
 def tucker2(
     weight: Inexact[Tensor, "out in *kernel"],
     rank: Ranks = None,

@@ -128,7 +128,7 @@ def test_fault_of_ours_is_no_user_error(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("tnlayers.main_job.load_data", broken)
+    monkeypatch.setattr("tnlayers.main_job.job.load_data", broken)
     result = call("train", "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert isinstance(result.exception, RuntimeError)
@@ -138,7 +138,7 @@ def test_disk_full_is_one_line(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tnlayers.main_job.save", full)
+    monkeypatch.setattr("tnlayers.main_job.job.save", full)
     one_line(call("train", "--out", tmp_path / "out", "-q", *QUICK), 1, "No space left")
 
 

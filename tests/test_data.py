@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tnlayers.data import DataError, Dataset, load_data
-from tnlayers.readers import read_idx
+from tnlayers.main_job.data import DataError, Dataset, load_data
+from tnlayers.main_job.readers import read_idx
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 

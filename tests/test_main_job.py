@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import tnlayers
-from tnlayers.data import DataError, Dataset, load_data
-from tnlayers.main_job import Event, JobConfig, run
-from tnlayers.main_page import accuracy_figure, curves_figure
-from tnlayers.main_rows import JobError, Row, RowStore, footnote, summarize, table
-from tnlayers.nets import choose_recipes, dense_net, major_layers, parameter_count, scratch_net
+from tnlayers.main_job.data import DataError, Dataset, load_data
+from tnlayers.main_job.job import Event, JobConfig, run
+from tnlayers.main_job.nets import choose_recipes, dense_net, major_layers, parameter_count, scratch_net
+from tnlayers.main_job.results_page import accuracy_figure, curves_figure
+from tnlayers.main_job.rows import JobError, Row, RowStore, footnote, summarize, table
+from tnlayers.main_job.training import TrainingError, accuracy, flops_per_sample, learning_rate, train
 from tnlayers.page import figure_png
-from tnlayers.training import TrainingError, accuracy, flops_per_sample, learning_rate, train
 
 QUICK = {"limit": 100, "epochs": 1, "finetune_epochs": 1, "threads": 1}
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 48), (2, 13, 9)]

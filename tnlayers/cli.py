@@ -91,7 +91,7 @@ def train(
     """Train dense nets, their conversions and tensor layers from scratch; write one table, figures and a page."""
 
     def work() -> None:
-        from tnlayers.main_job import JobConfig, run
+        from tnlayers.main_job.job import JobConfig, run
 
         config = JobConfig(
             data=data,
@@ -115,7 +115,7 @@ def train(
         if as_json:
             _print_json(result.to_dict())
         else:
-            from tnlayers.main_rows import footnote, table
+            from tnlayers.main_job.rows import footnote, table
 
             typer.echo(table(result.summaries))
             typer.echo(footnote(result.settings, result.hardware, result.summaries))
@@ -136,7 +136,7 @@ def inspect(
 
     def work() -> None:
         from tnlayers.inspection import inspect_file
-        from tnlayers.main_job import Event
+        from tnlayers.main_job.job import Event
 
         with _watcher(quiet or not sys.stderr.isatty()) as watch:
 
@@ -167,9 +167,9 @@ def _guard(work: Callable[[], None], interrupted: str, refused: tuple[type[Excep
 
     Anything else is a fault of ours and keeps its traceback (exit code 1).
     """
-    from tnlayers.data import DataError
-    from tnlayers.main_rows import JobError
-    from tnlayers.training import TrainingError
+    from tnlayers.main_job.data import DataError
+    from tnlayers.main_job.rows import JobError
+    from tnlayers.main_job.training import TrainingError
 
     bad_input: tuple[type[Exception], ...] = (DataError, JobError, TrainingError, ImportError, *refused)
     try:

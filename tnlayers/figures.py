@@ -61,11 +61,11 @@ def spectrum_figure(
             raise ValueError(f"spectrum_figure: a cut must be a rank >= 0, got {rank} for bond {bond!r}")
     lines, remarks = _lines(spectra, cuts)
     crowded = len(lines) > 4
-    figure, axes = _axes(size, dpi)
+    figure, axes = new_axes(size, dpi)
     longest = max((line.values.size for line in lines), default=1)
     lowest = min((float(line.values[line.values > FLOOR].min()) for line in lines), default=0.1)
-    _logarithmic(axes, "x", 1, max(longest, 2), room=0.04)
-    _logarithmic(axes, "y", min(lowest, 0.5), 1, room=0.06)
+    logarithmic(axes, "x", 1, max(longest, 2), room=0.04)
+    logarithmic(axes, "y", min(lowest, 0.5), 1, room=0.06)
     axes.grid(True, color=GRID, linewidth=0.6)
     axes.set_xlabel("index of the singular value", color=MUTED, fontsize=8.5)
     axes.set_ylabel("relative to the largest", color=MUTED, fontsize=8.5)
@@ -197,7 +197,7 @@ def parameters_figure(
         bars = [bar for k, bar in enumerate(bars) if k in largest]
         bars.append((f"{len(rest)} smaller layers together", sum(b[1] for b in rest), sum(b[2] for b in rest)))
     height = 1.05 + 0.27 * max(len(bars), 2)
-    figure, axes = _axes((width, height), dpi)
+    figure, axes = new_axes((width, height), dpi)
     if not bars:
         axes.text(0.5, 0.5, "no layers", transform=axes.transAxes, ha="center", va="center", color=MUTED)
         axes.set_xticks([])
@@ -206,7 +206,7 @@ def parameters_figure(
     low = min((count for bar in bars for count in bar[1:] if count > 0), default=1)
     high = max(max(bar[1:]) for bar in bars)
     left = 10.0 ** np.floor(np.log10(low / 2)) if low > 1 else 0.5
-    _logarithmic(axes, "x", left, max(high, 10), room=0)
+    logarithmic(axes, "x", left, max(high, 10), room=0)
     y = range(len(bars))
     axes.barh(y, [max(bar[1], left) - left for bar in bars], left=left, height=0.74, color=DENSE)
     changed = [(at, bar[2]) for at, bar in zip(y, bars, strict=True) if bar[1] != bar[2]]
@@ -240,7 +240,7 @@ def _beside(axes: Axes, at: float, offset: float, text: str, quiet: bool) -> Non
     )  # fmt: skip
 
 
-def _axes(size: tuple[float, float], dpi: int) -> tuple[Figure, Axes]:
+def new_axes(size: tuple[float, float], dpi: int) -> tuple[Figure, Axes]:
     """Figure on its own Agg canvas with one bare axes."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -261,7 +261,7 @@ def _axes(size: tuple[float, float], dpi: int) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _logarithmic(axes: Axes, which: str, low: float, high: float, *, room: float) -> None:
+def logarithmic(axes: Axes, which: str, low: float, high: float, *, room: float) -> None:
     """Logarithmic axis with few, plainly written ticks (matplotlib's own ticks cost most of the drawing time)."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from decompositions.formats.gauge import orthogonalize
 from decompositions.formats.network import Labels, Network
 from decompositions.formats.plan import Plan, bucket, plan_apply, plan_dense, plan_path, run
-from decompositions.linalg import accumulate_dtype, direct_sum
+from decompositions.linalg import accumulate_dtype, direct_sum, full_precision
 
 N = TypeVar("N", bound=Network)
 
@@ -188,6 +188,7 @@ def scale(net: N, factor: float | complex | Tensor) -> N:
     return net.replace([core * factor if k == smallest else core for k, core in enumerate(net.cores)])
 
 
+@full_precision
 def inner(a: Network, b: Network) -> Tensor:
     """Frobenius inner product `sum conj(A) B`, contracted core by core and never densified.
 
@@ -219,6 +220,7 @@ def inner(a: Network, b: Network) -> Tensor:
     return run(plan_path((*a.legs, *legs_b), sizes, (), dtype.itemsize).steps, operands)
 
 
+@full_precision
 def norm(net: Network) -> Tensor:
     """Frobenius norm.
 

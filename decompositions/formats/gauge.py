@@ -16,6 +16,7 @@ from decompositions.linalg import (
     check_ranks,
     check_tol,
     direct_sum,
+    full_precision,
     is_tight,
     positive_qr,
     safe_svd,
@@ -28,6 +29,7 @@ from decompositions.linalg import (
 N = TypeVar("N", bound=Network)
 
 
+@full_precision
 def orthogonalize(net: N, center: int = 0) -> N:
     """Make every core but `center` an isometry toward it, without changing the represented tensor.
 
@@ -56,6 +58,7 @@ def orthogonalize(net: N, center: int = 0) -> N:
     return net.replace(cores.cast(net.dtype))
 
 
+@full_precision
 def bond_singular_values(net: Network) -> dict[str, Tensor]:
     """Singular values of the unfolding at every bond of a tree, in descending order.
 
@@ -76,11 +79,18 @@ def bond_singular_values(net: Network) -> dict[str, Tensor]:
 
 
 def possible_ranks(net: Network) -> tuple[int, ...]:
-    """Largest useful size of every bond: the smaller of the dense sizes of its two sides."""
+    """Largest useful size of every bond: the smaller of the dense sizes of its two sides.
+
+    Example:
+        >>> from decompositions import TT, possible_ranks
+        >>> possible_ranks(TT.random(row_modes=(2, 3, 4), rank=1))
+        (2, 4)
+    """
     sizes = net.sizes
     return tuple(min(prod(sizes[label] for label in side) for side in bond_sides(net, bond)) for bond in net.bonds)
 
 
+@full_precision
 def round(
     net: N, rank: int | Sequence[int] | Mapping[str, int] | None = None, tol: float | None = None, *, center: int = 0
 ) -> N:

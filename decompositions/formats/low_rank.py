@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Inexact
@@ -61,7 +61,7 @@ class LowRank(Network):
         return (shape[0],), (prod(shape[1:]),)
 
     @classmethod
-    def skeleton(cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]) -> Self:
+    def skeleton(cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]) -> "LowRank":
         """Shapes alone, on the meta device; several modes on a side are taken as their product."""
         m, n = prod(row_modes), prod(col_modes)
         (r,) = check_ranks("LowRank", rank, [min(m, n)])
@@ -78,7 +78,7 @@ class LowRank(Network):
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Self:
+    ) -> "LowRank":
         """Draw a matrix of rank `rank` whose entries have root mean square `std` exactly; see `fill_random`."""
         skeleton = cls.skeleton(row_modes, col_modes, rank)
         return fill_random(skeleton, std=std, generator=generator, dtype=dtype, device=device)

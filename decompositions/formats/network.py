@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import opt_einsum
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from decompositions.formats.modes import balanced_modes
 
 Labels = tuple[str, ...]
+N = TypeVar("N", bound="Network")  # not typing.Self: the shape checker decorates methods one by one
 
 
 class TreeEdge(NamedTuple):
@@ -84,7 +85,7 @@ class Network:
         self.__post_init__()
 
     @classmethod
-    def _unchecked(cls, cores: Iterable[Tensor], legs: tuple[Labels, ...], rows: Labels, cols: Labels) -> Self:
+    def _unchecked(cls: type[N], cores: Iterable[Any], legs: tuple[Labels, ...], rows: Labels, cols: Labels) -> N:
         """Make a network without validation: inside pytree transforms leaves may be anything."""
         net = object.__new__(cls)
         for name, value in (("cores", tuple(cores)), ("legs", legs), ("rows", rows), ("cols", cols)):
@@ -92,8 +93,8 @@ class Network:
         return net
 
     def replace(
-        self, cores: Sequence[Tensor] | None = None, *, rows: Labels | None = None, cols: Labels | None = None
-    ) -> Self:
+        self: N, cores: Sequence[Tensor] | None = None, *, rows: Labels | None = None, cols: Labels | None = None
+    ) -> N:
         """Return the same network with other cores, or another split of its outside labels, validated."""
         net = self._unchecked(
             self.cores if cores is None else cores,
@@ -188,11 +189,11 @@ class Network:
         """Whether every bond joins exactly two cores, each outside label has one core, and there is no cycle."""
         return is_tree(self.legs, self.rows, self.cols)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self: N, *args: Any, **kwargs: Any) -> N:
         """`torch.Tensor.to` for every core."""
         return self._unchecked([c.to(*args, **kwargs) for c in self.cores], self.legs, self.rows, self.cols)
 
-    def detach(self) -> Self:
+    def detach(self: N) -> N:
         """Return the same network cut from the autograd graph."""
         return self._unchecked([c.detach() for c in self.cores], self.legs, self.rows, self.cols)
 
@@ -343,6 +344,11 @@ def bond_sides(net: Network, bond: str) -> tuple[Labels, Labels]:
 
     Raises:
         ValueError: not a tree, or no such bond.
+
+    Example:
+        >>> from decompositions import TT, bond_sides
+        >>> bond_sides(TT.random(row_modes=(2, 3, 4), rank=1), "b0")
+        (('i0',), ('i1', 'i2'))
     """
     if bond not in net.bonds:
         raise ValueError(f"bond_sides: expected one of the bonds {net.bonds}, got {bond!r}")

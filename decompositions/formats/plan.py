@@ -153,7 +153,8 @@ def _plan_apply(
     build = _Builder((x, *legs), table, output, itemsize)
     merged = build.path(range(1, len(legs) + 1), rows + cols)
     build.contract(0, merged, output)
-    return tuple(sorted((path, build.plan("merge")), key=lambda plan: plan.seconds))
+    # of equals the merge comes first: where the path merges the cores too, that is what the plan is
+    return tuple(sorted((build.plan("merge"), path), key=lambda plan: plan.seconds))
 
 
 # Plans are constants of the traced program: under torch.compile they are made while tracing, from shapes.
@@ -185,6 +186,12 @@ def plan_apply(net: Network, batch: int = 1024) -> tuple[Plan, ...]:
 
     Operands are `(x, *cores)`, x flattened to `(batch, *col_modes)`. *merge* contracts the cores to the dense weight
     and multiplies once; *path* contracts x and the cores in the order opt_einsum finds.
+
+    Example:
+        >>> from decompositions import LowRank, plan_apply
+        >>> best = plan_apply(LowRank.random(row_modes=(512,), col_modes=(512,), rank=4), batch=8)[0]
+        >>> best.strategy, best.calls, best.flops == 2 * 8 * (512 * 4 + 4 * 4 + 4 * 512)
+        ('path', 3, True)
     """
     return _plan_apply_constant(net.legs, net.rows, net.cols, tuple(net.sizes.items()), batch, net.dtype.itemsize)
 

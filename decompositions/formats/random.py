@@ -29,6 +29,12 @@ def fill_random(
         generator: source of randomness; None is torch's global one.
         dtype: of the cores; None is torch's default dtype. Half types are drawn in float32.
         device: of the cores; "meta" draws nothing.
+
+    Example:
+        >>> from decompositions import TT, fill_random, norm
+        >>> net = fill_random(TT.skeleton((5, 5), (4,), rank=2), std=0.1)
+        >>> round(norm(net).item(), 5)
+        1.0
     """
     if not (isfinite(std) and std >= 0):
         raise ValueError(f"random: std must be a finite number >= 0, got {std}")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Inexact
@@ -70,7 +70,7 @@ class TT(Network):
         col_modes: tuple[int, ...],
         rank: int | tuple[int, ...],
         axes: Sequence[int] | None = None,
-    ) -> Self:
+    ) -> "TT":
         """Shapes alone, on the meta device. `rank`: a cap for all bonds, or an entry for each in chain order."""
         sizes = (*row_modes, *col_modes)
         chain = tuple(range(len(sizes))) if axes is None else tuple(axes)
@@ -92,7 +92,7 @@ class TT(Network):
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Self:
+    ) -> "TT":
         """Draw a tensor train whose entries have root mean square `std` exactly; see `fill_random`."""
         skeleton = cls.skeleton(row_modes, col_modes, rank, axes)
         return fill_random(skeleton, std=std, generator=generator, dtype=dtype, device=device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Inexact
@@ -53,7 +53,9 @@ class TTMatrix(Network):
         return (*balanced_modes(out, order), *(1 for _ in kernel)), (*balanced_modes(width, order), *kernel)
 
     @classmethod
-    def skeleton(cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]) -> Self:
+    def skeleton(
+        cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]
+    ) -> "TTMatrix":
         """Shapes alone, on the meta device. `rank`: a cap for all bonds, or an entry for each."""
         if len(row_modes) != len(col_modes):
             raise ValueError(
@@ -75,7 +77,7 @@ class TTMatrix(Network):
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Self:
+    ) -> "TTMatrix":
         """Draw a TT-matrix whose entries have root mean square `std` exactly; see `fill_random`."""
         skeleton = cls.skeleton(row_modes, col_modes, rank)
         return fill_random(skeleton, std=std, generator=generator, dtype=dtype, device=device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Inexact
@@ -80,7 +80,7 @@ class Tucker(Network):
         col_modes: tuple[int, ...],
         rank: int | tuple[int, ...],
         modes: Sequence[int] | None = None,
-    ) -> Self:
+    ) -> "Tucker":
         """Shapes alone, on the meta device. `rank`: a cap for all factors, or an entry for each of `modes`."""
         sizes = (*row_modes, *col_modes)
         modes = tuple(range(len(sizes))) if modes is None else tuple(modes)
@@ -103,7 +103,7 @@ class Tucker(Network):
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Self:
+    ) -> "Tucker":
         """Draw a Tucker tensor whose entries have root mean square `std` exactly; see `fill_random`."""
         skeleton = cls.skeleton(row_modes, col_modes, rank, modes)
         return fill_random(skeleton, std=std, generator=generator, dtype=dtype, device=device)

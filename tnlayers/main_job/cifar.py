@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tnlayers.readers import DataError, Progress, Split, check_labels, decode, fail
+from tnlayers.main_job.readers import DataError, Progress, Split, check_labels, decode, fail
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

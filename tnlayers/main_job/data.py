@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnlayers.cifar import read_cifar10
-from tnlayers.readers import (
+from tnlayers.main_job.cifar import read_cifar10
+from tnlayers.main_job.readers import (
     MAX_BYTES,
     DataError,
     Progress,

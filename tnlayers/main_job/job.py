@@ -17,12 +17,12 @@ from torch import nn
 
 from tnlayers.checkpoint import load, save
 from tnlayers.convert import tensorize
-from tnlayers.data import Dataset, load_data
-from tnlayers.main_config import JobConfig, hardware_facts, settings_of
-from tnlayers.main_rows import DENSE, SCRATCH, TENSORIZED, VARIANTS, JobError, Row, RowStore, Summary, summarize
-from tnlayers.nets import choose_recipes, dense_net, parameter_count, scratch_net
+from tnlayers.main_job.config import JobConfig, hardware_facts, settings_of
+from tnlayers.main_job.data import Dataset, load_data
+from tnlayers.main_job.nets import choose_recipes, dense_net, parameter_count, scratch_net
+from tnlayers.main_job.rows import DENSE, SCRATCH, TENSORIZED, VARIANTS, JobError, Row, RowStore, Summary, summarize
+from tnlayers.main_job.training import INFERENCE_BATCH, Training, accuracy, flops_per_sample, inference_ms, train
 from tnlayers.surgery import network_layers
-from tnlayers.training import INFERENCE_BATCH, Training, accuracy, flops_per_sample, inference_ms, train
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
         >>> [(row.net, row.variant) for row in result.rows]
         [('mlp', 'dense'), ('mlp', 'tensorized'), ('mlp', 'scratch')]
     """
-    from tnlayers.main_page import write_outputs
+    from tnlayers.main_job.results_page import write_outputs
 
     start = time.perf_counter()
     watch = progress or (lambda event: None)

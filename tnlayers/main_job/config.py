@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from tnlayers.data import Dataset
-from tnlayers.main_rows import JobError
-from tnlayers.nets import NETS
+from tnlayers.main_job.data import Dataset
+from tnlayers.main_job.nets import NETS
+from tnlayers.main_job.rows import JobError
 
 SMALL_DATA = 10_000
 """Training images below which an epoch is short: more epochs and smaller batches by default."""
@@ -26,7 +26,7 @@ class JobConfig:
     """Settings of the main job.
 
     Args:
-        data: spec for `tnlayers.data.load_data`.
+        data: spec for `tnlayers.main_job.data.load_data`.
         out: folder for rows, models, reports, figures and the page.
         seed: of the first run.
         seeds: number of runs; they take the seeds seed, seed + 1, ...

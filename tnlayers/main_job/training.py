@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnlayers.data import Dataset
+from tnlayers.main_job.data import Dataset
 
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.2
@@ -80,7 +80,7 @@ def train(
         TrainingError: the loss is no longer finite.
 
     Example:
-        >>> from tnlayers.data import load_data
+        >>> from tnlayers.main_job.data import load_data
         >>> data, model = load_data("digits", limit=60), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         >>> train(model, data, epochs=1, batch_size=20, lr=0.01, seed=0).steps
         3

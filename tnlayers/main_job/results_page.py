@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tnlayers.figures import GRID, INK, LINES, MUTED, _axes, _logarithmic
+from tnlayers.figures import GRID, INK, LINES, MUTED, logarithmic, new_axes
 from tnlayers.files import write_atomic
-from tnlayers.main_rows import COLUMNS, DENSE, SCRATCH, TENSORIZED, VARIANTS, Row, Summary, cells, footnote, table
+from tnlayers.main_job.rows import COLUMNS, DENSE, SCRATCH, TENSORIZED, VARIANTS, Row, Summary, cells, footnote, table
 from tnlayers.page import compact, figure_png, gallery, html_page, html_table, inline_image, paragraph, percent, tiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tnlayers.data import Dataset
-    from tnlayers.main_job import JobResult
+    from tnlayers.main_job.data import Dataset
+    from tnlayers.main_job.job import JobResult
 
 COLORS = {DENSE: MUTED, TENSORIZED: LINES[1], SCRATCH: LINES[0]}
 MARKS = {"mlp": ("s", 9.0), "cnn": ("o", 6.0)}
@@ -129,7 +129,7 @@ def curves_figure(rows: Sequence[Row], title: str, *, size: tuple[float, float] 
         size: width and height in inches.
         dpi: pixels an inch.
     """
-    figure, axes = _axes(size, dpi)
+    figure, axes = new_axes(size, dpi)
     dense_epochs = max((row.epochs for row in rows if row.variant != TENSORIZED), default=0)
     for variant in VARIANTS:
         lines = [_points(row, dense_epochs) for row in rows if row.variant == variant]
@@ -196,7 +196,7 @@ def accuracy_figure(
         size: width and height in inches.
         dpi: pixels an inch.
     """
-    figure, axes = _axes(size, dpi)
+    figure, axes = new_axes(size, dpi)
     for s in summaries:
         mark, side = MARKS.get(s.net, ("^", 7.0))
         axes.errorbar(
@@ -204,7 +204,7 @@ def accuracy_figure(
             marker=mark, markersize=side, linewidth=1, capsize=side / 3, markeredgecolor="white", zorder=20 - side,
         )  # fmt: skip
     counts = [s.parameters for s in summaries] or [1.0, 10.0]
-    _logarithmic(axes, "x", min(counts) / 1.3, max(counts) * 1.3, room=0)
+    logarithmic(axes, "x", min(counts) / 1.3, max(counts) * 1.3, room=0)
     spreads = [100 * (s.accuracy + sign * (s.spread or 0)) for s in summaries for sign in (-1, 1)]
     _accuracy_axis(axes, spreads)
     axes.set_xlabel("parameters", color=MUTED, fontsize=8.5)
