@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint typecheck shapes clean help bench-mnist
+.PHONY: demo test lint clean help bench-mnist bench-import
 
 help:
 	@echo "make demo         digits: dense, tensorized and tensor-from-scratch nets; table, figures and a page in runs/"
 	@echo "make test         lint, types, tests, shape-checked tests"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench-mnist  the accuracy rows of the README on MNIST (needs MNIST=PATH)"
+	@echo "make bench-mnist  the accuracy rows of the README (MNIST=PATH, default ../shared/data/mnist); about 10 minutes"
+	@echo "make bench-import what import tnlayers adds to import torch"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/tnlayers train --data digits --out runs/demo
+	$(BIN)/tnlayers train --data digits --seeds 3 --out runs/demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,11 +30,14 @@ test: lint
 	$(BIN)/python -m pytest -m "not gpu and not dist" -q
 	$(BIN)/python -m pytest -m "not gpu and not dist and not compile and not slow" -q \
 	  --jaxtyping-packages=decompositions,cross_approx,tnlayers,beartype.beartype \
-	  tests/test_formats.py tests/test_gauge.py tests/test_layers.py
+	  tests/test_formats.py tests/test_gauge.py tests/test_layers.py tests/test_convert.py tests/test_checkpoint.py
 
 MNIST ?= ../shared/data/mnist
 bench-mnist: $(STAMP)
 	$(BIN)/python benchmarks/mnist.py --data mnist:$(MNIST)
+
+bench-import: $(STAMP)
+	$(BIN)/python benchmarks/imports.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

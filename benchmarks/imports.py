@@ -43,7 +43,8 @@ def main(runs: int) -> int:
     facts = hardware_facts()
     hardware = f"{facts['cpu']}, torch {facts['torch']}"
     text = (
-        f"import torch {rows['import torch, seconds']:.3f} s, import tnlayers {rows['import tnlayers, seconds']:.3f} s, "
+        f"import torch {rows['import torch, seconds']:.3f} s, "
+        f"import tnlayers {rows['import tnlayers, seconds']:.3f} s, "
         f"ratio {ratio:.3f} (at most {ALLOWED}): {'reached' if rows['reached'] else 'MISSED'}\n"
         f"median of {runs} interleaved process pairs; {hardware}"
     )

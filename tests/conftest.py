@@ -29,10 +29,10 @@ def _global_seed(request):
 
 
 @pytest.fixture
-def wrong_types(request) -> None:
-    """For tests that pass wrong types on purpose: in the shape-checked job the checker refuses them first."""
+def unchecked(request) -> None:
+    """For tests that pass wrong types, or look at the stack: the shape-checked job puts its own refusals and frames."""
     if request.config.getoption("--jaxtyping-packages", default=None):
-        pytest.skip("the checker refuses wrong types itself")
+        pytest.skip("not under the shape checker")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_files_are_small_plain_and_tied_tensors_are_stored_once(tmp_path):
     assert not any(key.startswith("head.") for key in stored)
     once = {id(t): t.numel() for t in (*model.parameters(), *model.buffers())}
     assert sum(t.numel() for t in stored.values()) == sum(once.values())
-    plan = json.loads(file.with_suffix(".json").read_text())
+    plan = json.loads(Path(f"{file}.json").read_text())
     assert plan["layers"]["embed"]["format"] == "TTMatrix"
     assert plan["ties"] == {"head.cores.0": "embed.cores.0", "head.cores.1": "embed.cores.1"}
 
@@ -145,12 +146,15 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
 
 def test_models_that_do_not_fit_are_refused_and_left_alone(tmp_path):
     file = tnlayers.save(tensorized(), tmp_path / "net")
+    biased = Net()
+    biased.fc = nn.Linear(16, 32, bias=False)
     wide = Net()
     wide.fc = nn.Linear(16, 33)
     for model, message in (
         (nn.Linear(2, 2), "layer 'conv' .* must exist"),
         (nn.ModuleDict({"conv": nn.Linear(2, 2)}), "Conv1d layer, got Linear"),
         (wide, r"rows >= 33"),
+        (biased, "bias=True"),
     ):
         before = str(model)
         with pytest.raises(ValueError, match=message):
@@ -165,7 +169,7 @@ def test_models_that_do_not_fit_are_refused_and_left_alone(tmp_path):
 
 def test_an_unknown_format_is_refused(tmp_path):
     file = tnlayers.save(tensorized(), tmp_path / "net")
-    plan = json.loads(file.with_suffix(".json").read_text())
+    plan = json.loads(Path(f"{file}.json").read_text())
     plan["layers"]["fc"]["format"] = "os.system"
     text = json.dumps(plan)
     import hashlib
@@ -176,7 +180,7 @@ def test_an_unknown_format_is_refused(tmp_path):
 
 
 def test_save_refuses_what_it_cannot_write(tmp_path):
-    with pytest.raises(ValueError, match="folder must exist"):
+    with pytest.raises(ValueError, match="a folder that exists"):
         tnlayers.save(nn.Linear(2, 2), tmp_path / "no" / "where")
     with pytest.raises(ValueError, match="meta device"):
         tnlayers.save(nn.Linear(2, 2, device="meta"), tmp_path / "net")
@@ -243,3 +247,66 @@ def test_layers_of_every_kind_round_trip(tmp_path):
     for own, other in zip(model, again, strict=True):
         assert isinstance(other, NetworkLayer)
         assert torch.equal(own.weight, other.weight)
+
+
+def test_settings_are_compared(tmp_path):
+    make = tnlayers.random_network(LowRank, rank=2)
+    strided = nn.Sequential(tnlayers.Conv2d(4, 6, (3, 1), stride=2, network=make))
+    file = tnlayers.save(strided, tmp_path / "net")
+    for model, message in (
+        (nn.Conv2d(4, 6, (3, 1)), r"stride=\[2, 2\] \(model: \[1, 1\]\)"),
+        (nn.Conv2d(4, 6, (1, 3), stride=2), r"kernel_size=\[3, 1\] \(model: \[1, 3\]\)"),
+        (nn.Conv2d(4, 6, (3, 1), stride=2, padding=1), "padding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tnlayers.load(file, nn.Sequential(model))
+
+
+def test_names_never_collide(tmp_path):
+    """A sidecar never overwrites the weights or somebody's config.json; dots in names are kept."""
+    (tmp_path / "config.json").write_text("mine")
+    model = nn.Sequential(tnlayers.Linear(4, 4, network=tnlayers.random_network(LowRank, rank=1)))
+    names = {tnlayers.save(model, tmp_path / name).name for name in ("config", "net.json", "m.v1", "m.v2")}
+    assert names == {"config.safetensors", "net.json.safetensors", "m.v1.safetensors", "m.v2.safetensors"}
+    assert (tmp_path / "config.json").read_text() == "mine"
+    for name in ("config", "net.json", "m.v1", "m.v2.safetensors"):
+        tnlayers.load(tmp_path / name, nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        tnlayers.load(tmp_path, nn.Sequential(nn.Linear(4, 4)))
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(16, 16))
+        self.b = self.a
+
+
+def test_shared_modules_load_back(tmp_path):
+    model = Shared()
+    tnlayers.tensorize(model, partial(svd, rank=2))
+    again = tnlayers.load(tnlayers.save(model, tmp_path / "net"), Shared())
+    assert again.a is again.b
+    assert torch.equal(again.b[0].weight, model.a[0].weight)
+
+
+def test_flipped_bits_and_conjugate_views(tmp_path):
+    model = nn.Sequential(tnlayers.Linear(16, 16, network=tnlayers.random_network(LowRank, rank=4)))
+    file = tnlayers.save(model, tmp_path / "net")
+    good = bytearray(file.read_bytes())
+    numbers = 8 + int.from_bytes(good[:8], "little")
+    for position in range(numbers, len(good), 37):  # nothing else would notice it there
+        bad = good.copy()
+        bad[position] ^= 1
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="checksum"):
+            tnlayers.load(file, nn.Sequential(nn.Linear(16, 16)))
+    plain = nn.Module()
+    plain.weight = nn.Parameter(torch.randn(3, dtype=torch.complex64).conj())
+    other = nn.Module()
+    other.weight = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    again = tnlayers.load(tnlayers.save(plain, tmp_path / "conj"), other)
+    assert torch.equal(again.weight, plain.weight)
+    plain.weight = nn.Parameter(torch.zeros(3, dtype=torch.complex128))
+    with pytest.raises(ValueError, match="complex128"):
+        tnlayers.save(plain, tmp_path / "wide")

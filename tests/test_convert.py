@@ -376,3 +376,115 @@ def test_break_even_rank_is_where_the_count_crosses():
             make = partial(format.random, row_modes=net.row_modes, col_modes=net.col_modes, **options)
             assert numel(make(rank=rank)) < dense
             assert numel(make(rank=rank + 1)) >= dense or make(rank=rank + 1).ranks == make(rank=rank).ranks
+
+
+def test_other_functions_are_not_replaced():
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, 2 * weight, bias)
+
+    patched = nn.Linear(16, 16)
+    original = patched.forward
+    patched.forward = lambda x: 2 * original(x)
+    model = nn.Sequential(
+        Doubled(16, 16, 3), patched, torch.compile(nn.Linear(16, 16), backend="eager"), nn.Linear(16, 16)
+    )
+    rows = {row.name: row for row in tnlayers.tensorize(model, partial(svd, rank=1)).rows}
+    assert "0" not in rows
+    assert "forward was replaced" in rows["1"].reason
+    assert "before torch.compile" in rows["2._orig_mod"].reason
+    assert rows["3"].status == "converted"
+
+
+def test_a_tie_without_gain_stays_a_tie():
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32, bias=False))
+    model[1].weight = model[0].weight
+    rows = tnlayers.tensorize(model, {"0": partial(svd, rank=16), "1": partial(svd, rank=2)}).rows
+    assert [row.status for row in rows] == ["kept", "kept"]
+    assert "no gain" in rows[0].reason
+    assert "tied to 0.weight" in rows[1].reason
+    assert model[0].weight is model[1].weight
+
+
+def test_ties_that_cannot_be_shared_stay_dense(monkeypatch):
+    class Conv1D(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.nf, self.weight, self.bias = 16, weight, None
+
+        def forward(self, x):
+            return x @ self.weight
+
+    module = types.ModuleType("transformers.pytorch_utils")
+    module.Conv1D = Conv1D
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", module)
+    first = nn.Linear(16, 16, bias=False)
+    model = nn.Sequential(first, Conv1D(first.weight), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[3].bias = model[2].bias
+    model[4].register_buffer("scale", torch.ones(1))
+    rows = tnlayers.tensorize(model, partial(svd, rank=2)).rows
+    assert [row.status for row in rows] == ["kept"] * 5
+    assert "transposed" in rows[0].reason
+    assert "bias is tied" in rows[2].reason
+    assert "scale" in rows[4].reason
+    (row,) = tnlayers.tensorize(
+        nn.Sequential(Conv1D(nn.Parameter(torch.randn(16, 16)))), svd, skip_if_no_gain=False
+    ).rows
+    assert row.error < 1e-6  # a square weight must be compared the right way round
+
+
+def test_failures_leave_everything_as_it_was():
+    model = small_net()
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before = str(model)
+
+    def in_place(weight):
+        weight.zero_()
+        raise KeyError("gone")
+
+    with pytest.raises(ValueError, match=r"tensorize: 4 .*the recipe raised KeyError"):
+        tnlayers.tensorize(model, {"4": in_place})
+    with pytest.raises(RuntimeError):
+        tnlayers.tensorize(model, partial(svd, rank=2), example_input=torch.zeros(1, 3, 5, 5))
+    nan = LowRank(torch.full((64, 1), float("nan")), torch.ones(1, 1), torch.ones(1024, 1))
+    with pytest.raises(ValueError, match="finite cores"):
+        tnlayers.tensorize(model, {"4": lambda _: nan})
+    with pytest.raises(TypeError, match="keep the dtype"):
+        tnlayers.tensorize(model, {"4": lambda weight: svd(weight.double(), rank=2)})
+    assert str(model) == before
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    tnlayers.tensorize(model, partial(svd, rank=2))
+    tnlayers.densify(model)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_container_is_not_a_layer():
+    model = nn.Sequential(nn.Sequential(nn.Linear(32, 32)), nn.Bilinear(2, 2, 2))
+    with pytest.raises(ValueError, match=r"'0', which matches none of 1; perhaps '0\.\*'"):
+        tnlayers.tensorize(model, {"0": partial(svd, rank=1)})
+    with pytest.raises(ValueError, match="Bilinear"):
+        tnlayers.tensorize(model, {nn.Bilinear: partial(svd, rank=1)})
+
+
+def test_densify_keeps_hooks_and_padding_rows():
+    model = nn.Sequential(nn.Linear(12, 30, bias=False), nn.Embedding(30, 12, padding_idx=4))
+    with torch.no_grad():
+        model[1].weight[4] = 5.0
+    model[0].weight = model[1].weight
+    tnlayers.tensorize(model, partial(svd, rank=3))
+    calls = []
+    handle = model[0].register_forward_hook(lambda *_: calls.append(1))
+    tnlayers.densify(model)
+    assert model[0].weight is model[1].weight
+    assert torch.equal(model[1].weight[4], torch.full((12,), 5.0))
+    model[0](torch.randn(2, 12))
+    handle.remove()
+    model[0](torch.randn(2, 12))
+    assert calls == [1]
+
+
+def test_a_model_that_contains_itself_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.add_module("self", model)
+    with pytest.raises(ValueError, match="contain itself"):
+        tnlayers.tensorize(model, partial(svd, rank=1))

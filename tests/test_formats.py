@@ -527,13 +527,13 @@ def test_value_errors_name_the_rule_and_both_numbers(make, message):
         (lambda: scale(chain(), 1j), "torch.float32 needs a real factor, got 1j"),
     ],
 )
-@pytest.mark.usefixtures("wrong_types")
+@pytest.mark.usefixtures("unchecked")
 def test_type_errors(make, message):
     with pytest.raises(TypeError, match=message):
         make()
 
 
-@pytest.mark.usefixtures("wrong_types")
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_that_an_annotation_knows_too():
     with pytest.raises(ValueError, match=r"'a' must have one size, expected 2 .* got 3"):
         LowRank(zeros(4, 2), zeros(3, 3), zeros(5, 3))

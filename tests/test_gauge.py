@@ -425,7 +425,7 @@ def test_refusals(arguments, error, message):
         ({"rank": 2.5}, TypeError, "rank must be an int, a sequence of ints or None, got 2.5"),
     ],
 )
-@pytest.mark.usefixtures("wrong_types")
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_types(arguments, error, message):
     with pytest.raises(error, match=message):
         round(TT.random(row_modes=(4, 5, 6), rank=3), **arguments)

@@ -364,8 +364,8 @@ def test_a_rank_change_after_every_backward_in_the_ordinary_loop(optimizer):
     assert [id(p) for p in model.parameters()] == parameters
 
 
-def test_an_old_graph_stays_usable_after_set_network():
-    """`p.data = ...` raises here; `set_` does not."""
+def test_an_old_graph_may_stay_alive_through_a_rank_change():
+    """`p.data = ...` raises at the next backward while the old loss is alive; `set_` does not."""
     layer = tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=4))
     loss = layer(torch.randn(2, 8)).square().sum()
     loss.backward()
@@ -529,3 +529,109 @@ def test_compiled_embedding():
     for shape in ((4,), (2, 3)):
         tokens = torch.randint(0, 30, shape)
         assert torch.allclose(compiled(tokens), layer(tokens), atol=1e-6)
+
+
+def test_moments_go_once_and_never_into_another_network():
+    make = tnlayers.random_network(LowRank, rank=4)
+    for optimizer in (partial(torch.optim.Adafactor, lr=0.1), partial(torch.optim.Adam, lr=0.1, amsgrad=True)):
+        layer = tnlayers.Linear(8, 8, network=make)
+        opt = optimizer(layer.parameters())
+
+        def step(layer=layer, opt=opt):
+            opt.zero_grad()
+            layer(torch.ones(2, 8)).square().sum().backward()
+            opt.step()
+
+        step()
+        step()
+        layer.set_network(cut(layer.network.detach(), rank=2))
+        net = layer.network.detach()
+        layer.set_network(add(net, net))  # 4 -> 2 -> 4 between two steps: the shapes fit again, the moments do not
+        with pytest.warns(tnlayers.RankChangeWarning, match="moments of 3"):
+            step()
+        step()  # nothing more to drop, nothing more to say
+        assert [int(opt.state[p]["step"]) for p in layer.cores] == [2, 2, 2]
+        assert int(opt.state[layer.bias]["step"]) == 4
+
+
+def test_lbfgs_survives_a_rank_change():
+    layer = tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=4))
+    opt = torch.optim.LBFGS(layer.parameters())
+
+    def closure():
+        opt.zero_grad()
+        loss = layer(torch.ones(2, 8)).square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    layer.set_network(cut(layer.network.detach(), rank=2))
+    with pytest.warns(tnlayers.RankChangeWarning, match="LBFGS"):
+        opt.step(closure)
+
+
+def test_averaged_models_are_pointed_out_once():
+    layer = tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=4))
+    layer.set_network(cut(layer.network.detach(), rank=3))  # nobody else is there: nothing to say
+    averaged = torch.optim.swa_utils.AveragedModel(layer)
+    with pytest.warns(tnlayers.RankChangeWarning, match="averaged"):
+        layer.set_network(cut(layer.network.detach(), rank=2))
+    layer.set_network(cut(layer.network.detach(), rank=1))
+    assert averaged.module.network.ranks == (3, 3)
+
+
+def test_reset_after_to_empty_leaves_no_uninitialised_memory():
+    with torch.device("meta"):
+        model = nn.Sequential(
+            tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=2)),
+            tnlayers.Embedding(8, 8, padding_idx=0, network=tnlayers.random_network(LowRank, rank=2)),
+        )
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float("nan"))
+    for module in model:
+        module.reset_parameters()
+    assert all(bool(torch.isfinite(t).all()) for t in (*model.parameters(), *model.buffers()))
+
+
+def test_autocast_output_has_the_low_precision_as_torch_s():
+    for layer, x in (
+        (tnlayers.Linear(12, 8, network=tnlayers.random_network(TTMatrix, rank=2)), torch.randn(3, 12)),
+        (tnlayers.Conv2d(4, 6, 3, network=tnlayers.random_network(TTMatrix, rank=2)), torch.randn(2, 4, 6, 6)),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+
+
+def test_dtype_asked_for_is_the_dtype_had():
+    net = LowRank.random(row_modes=(4,), col_modes=(4,), rank=2)
+    with pytest.raises(TypeError, match=r"expected torch\.float64 .* got torch\.float32"):
+        tnlayers.Linear(4, 4, dtype=torch.float64, network=net)
+    assert tnlayers.Linear(4, 4, network=net.to(torch.float64)).bias.dtype == torch.float64
+
+
+def test_the_weight_cannot_be_assigned_and_nan_not_set():
+    layer = tnlayers.Linear(4, 4, network=tnlayers.random_network(LowRank, rank=2))
+    with pytest.raises(AttributeError, match="set_network"):
+        layer.weight = nn.Parameter(torch.zeros(4, 4))
+    net = layer.network.detach()
+    with pytest.raises(ValueError, match="finite"):
+        layer.set_network(net.replace([core * float("nan") for core in net.cores]))
+    with pytest.raises(RuntimeError, match="got a dense weight"):
+        layer.load_state_dict(nn.Linear(4, 4).state_dict())
+
+
+def test_forced_chain_plans_take_empty_batches_and_one_output_channel():
+    for dtype in (torch.float64, torch.complex128):
+        dense = nn.Conv2d(4, 1, (3, 1), dtype=dtype)
+        layer = tnlayers.Conv2d.from_dense(dense, partial(ttm_svd, order=2))
+        for plan in layer._plans_at(2, (8, 8)):
+            layer._plans = {(rows, 8, 8): plan for rows in (1, 2)}
+            assert layer(torch.zeros(0, 4, 8, 8, dtype=dtype)).shape == (0, 1, 6, 8)
+            layer(torch.randn(2, 4, 8, 8, dtype=dtype)).abs().sum().backward()
+
+
+def test_a_format_s_name_cannot_be_taken_over():
+    with pytest.raises(TypeError, match="'TTMatrix' exists already"):
+        type("TTMatrix", (Network,), {"__module__": "elsewhere"})

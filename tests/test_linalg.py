@@ -228,6 +228,7 @@ def test_autocast_and_default_dtype_change_nothing(decompose, rng):
 
 
 @EVERY
+@pytest.mark.usefixtures("unchecked")
 def test_the_warning_points_at_the_caller(decompose, rng):
     _, _, caught = measured(decompose, torch.randn(8, 8, 8, generator=rng), rank=1, tol=1e-3)
     assert caught[0].filename.endswith(("test_linalg.py", "cases.py"))
@@ -266,7 +267,7 @@ def test_nan_and_infinity_are_refused_by_name(decompose, bad):
         (torch.ones(3, 4), {"method": "randomized"}, ValueError, "needs a rank, got rank=None; use method='auto'"),
     ],
 )
-@pytest.mark.usefixtures("wrong_types")
+@pytest.mark.usefixtures("unchecked")
 def test_refusals(decompose, x, options, error, message):
     name = decompose.id.partition("-")[0]
     with pytest.raises(error, match=rf"^{name}: .*{message}"):

@@ -152,7 +152,7 @@ def test_result_is_a_working_network(rng):
     assert reference.relative(to_dense(round(net, rank=2)), to_dense(svd(a, rank=2))) < 1e-12
 
 
-@pytest.mark.usefixtures("wrong_types")
+@pytest.mark.usefixtures("unchecked")
 def test_rank_must_be_one_number():
     with pytest.raises(TypeError, match=r"svd: rank must be an int or None, got \(2, 2\)"):
         svd(torch.ones(3, 4), rank=(2, 2))

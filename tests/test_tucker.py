@@ -146,7 +146,7 @@ def test_tucker2_is_a_convolution_of_three(rng):
     )
 
 
-@pytest.mark.usefixtures("wrong_types")
+@pytest.mark.usefixtures("unchecked")
 def test_tucker2_needs_out_and_in():
     with pytest.raises(ValueError, match=r"tucker2: expected a tensor of order >= 2, got shape \(4,\)"):
         tucker2(torch.ones(4))

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,20 @@ KEY = "tnlayers"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write a model's numbers to `path` (safetensors) and its structure to the same name with `.json`.
+    """Write a model's numbers and structure to `path` (safetensors), the structure also to `path.json`.
 
     Tied tensors are stored once and listed. Both files are written under temporary names, synced and renamed: a
-    killed process leaves the old file or the new one. Dense models can be saved too.
+    killed process leaves the old file or the new one. Every tensor carries a checksum. Dense models can be saved too.
 
     Args:
-        model: any module.
-        path: file name; `.safetensors` is appended if it has no suffix.
+        model: any module without extra state.
+        path: file name; `.safetensors` is appended where it is missing.
 
     Returns:
         The path of the safetensors file.
 
     Raises:
-        ValueError: tensors on the meta device, or a folder that does not exist.
+        ValueError: tensors on the meta device or of a dtype that safetensors has not, or a folder that does not exist.
 
     Example:
         >>> import tempfile, tnlayers
@@ -46,29 +47,38 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         >>> from decompositions import LowRank
         >>> net = nn.Sequential(tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=2)))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = tnlayers.save(net, f"{folder}/net.safetensors")
+        ...     file = tnlayers.save(net, f"{folder}/net")
         ...     again = tnlayers.load(file, nn.Sequential(nn.Linear(8, 8)))
-        >>> again[0].network.ranks
-        (2, 2)
+        >>> file.name, again[0].network.ranks
+        ('net.safetensors', (2, 2))
     """
     from safetensors.torch import save_file
 
-    file = Path(path)
-    file = file if file.suffix else file.with_suffix(".safetensors")
-    if not file.parent.is_dir():
-        raise ValueError(f"save: the folder must exist, got {str(file.parent)!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save: expected a torch.nn.Module, got {type(model).__name__}")
+    file = _with_suffix(path)
+    beside = file.with_name(f"{file.name}.json")
+    if not file.parent.is_dir() or file.is_dir() or beside.is_dir():
+        raise ValueError(f"save: expected a file name in a folder that exists, got {str(path)!r}")
     tensors, ties = _unique_tensors(model)
     plan = {
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__,
         "layers": {name: _describe(layer) for name, layer in network_layers(model)},
         "ties": ties,
-        "tensors": {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()},
+        "tensors": {
+            name: [list(t.shape), str(t.dtype).removeprefix("torch."), _checksum(t)] for name, t in tensors.items()
+        },
     }
     text = json.dumps(plan, indent=1, sort_keys=True)
     with atomic_target(file) as temporary:
-        save_file(tensors, temporary, metadata={KEY: text, "sha256": _digest(text)})
-    write_atomic(file.with_suffix(".json"), text + "\n")
+        try:
+            save_file(tensors, temporary, metadata={KEY: text, "sha256": _digest(text)})
+        except KeyError as error:  # the table of dtypes of safetensors
+            raise ValueError(
+                f"save: safetensors has no dtype {error}; convert the model, complex128 to complex64"
+            ) from None
+    write_atomic(beside, text + "\n")
     return file
 
 
@@ -77,11 +87,11 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
 
     `model` is an instance of the same class, dense or tensorized, on any device, the meta device included; its layers
     are replaced where the file says so and the tensors are assigned, so dense weights of a meta model are never
-    allocated. Labels and shapes are checked before anything is allocated, and nothing is changed if a check fails.
+    allocated. Labels and shapes are checked before anything is allocated; nothing is changed if a check fails.
 
     Args:
-        path: the safetensors file that `save` wrote.
-        model: changed in place.
+        path: what `save` was given or returned.
+        model: changed in place (unless it is itself a layer to replace: use what is returned).
         device: where the tensors go.
 
     Returns:
@@ -89,7 +99,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, another version, layers or tensors that the model does not have; each by name.
+        ValueError: a damaged file, another version, layers, settings or tensors that the model does not have; by name.
 
     Example:
         >>> import tempfile, torch, tnlayers
@@ -101,30 +111,33 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
         ...     tnlayers.load(file, model).weight.device.type
         'cpu'
     """
-    file = Path(path)
+    file = Path(path) if Path(path).is_file() else _with_suffix(path)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"load: expected a file written by tnlayers.save, got {str(file)!r}, which does not exist"
-        )
+        found = "which is a folder" if Path(path).is_dir() else "which does not exist"
+        raise FileNotFoundError(f"load: expected a file written by tnlayers.save, got {str(path)!r}, {found}")
     plan, shapes = _read_header(file)
     changes = _plan_changes(file, plan, shapes, model)
-    expected = _expected_keys(model, changes)
-    ties = dict(plan["ties"])
-    stored = set(shapes) | set(ties)
-    missing, unexpected = sorted(expected - stored), sorted(stored - expected)
-    if missing or unexpected:
+    names = {site.name: site.names for site in sites(model)}
+    made = {
+        f"{alias}.{key}".lstrip("."): tensor
+        for name, layer in changes.items()
+        for alias in names[name]
+        for key, tensor in layer.state_dict().items()
+    }
+    replaced = tuple(f"{alias}." for name in changes for alias in names[name] if alias)
+    expected = {} if "" in changes else {k: t for k, t in model.state_dict().items() if not k.startswith(replaced)}
+    expected = {**expected, **made}
+    ties = plan["ties"]
+    _check_keys(file, expected, shapes, ties)
+    left = [name for name, tensor in model.named_buffers() if tensor.is_meta and name not in expected]
+    left = [name for name in left if not name.startswith(replaced)]
+    if left:
         raise ValueError(
-            f"load: {file.name} must hold the tensors of the model, missing {missing[:5]} ({len(missing)}), "
-            f"unexpected {unexpected[:5]} ({len(unexpected)}); is it the same model class?"
+            f"load: every tensor must come from the file, but these non-persistent buffers are on the meta device: "
+            f"{left[:5]}; build the model on a real device"
         )
+    values = _read_tensors(file, plan, device)
     by_name = {site.name: site for site in sites(model)}
-    own = dict(model.state_dict())
-    made = {f"{name}.{key}".lstrip("."): t for name, layer in changes.items() for key, t in layer.state_dict().items()}
-    for key in sorted(expected):
-        wanted = tuple((made.get(key) if key in made else own[key]).shape)  # type: ignore[union-attr]
-        if shapes[ties.get(key, key)] != wanted:
-            raise ValueError(f"load: {key} must have shape {wanted}, got {shapes[ties.get(key, key)]} in {file.name}")
-    values = _read_tensors(file, device)
     for name, layer in changes.items():
         if name:
             replace(model, by_name[name], layer)
@@ -133,13 +146,36 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
     model.load_state_dict({key: values[ties.get(key, key)] for key in expected}, assign=True)
     for other, first in ties.items():
         _tie(model, other, first)
-    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if left:
-        raise ValueError(
-            f"load: every tensor must come from the file, but these are left on the meta device: {left[:5]} "
-            "(non-persistent buffers?); build the model on a real device"
-        )
     return model
+
+
+def _with_suffix(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    return file if file.suffix == ".safetensors" or not file.name else file.with_name(f"{file.name}.safetensors")
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes: against damage, not against forgery."""
+    if tensor.numel() == 0:
+        return 0
+    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _check_keys(
+    file: Path, expected: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], ties: dict[str, str]
+) -> None:
+    """Refuse a file that holds other tensors than the model will have."""
+    stored = set(shapes) | set(ties)
+    missing, unexpected = sorted(expected.keys() - stored), sorted(stored - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"load: {file.name} must hold the tensors of the model, missing {missing[:5]} ({len(missing)}), "
+            f"unexpected {unexpected[:5]} ({len(unexpected)}); is it the same model class?"
+        )
+    for key, tensor in sorted(expected.items()):
+        have = shapes[ties.get(key, key)]
+        if have != tuple(tensor.shape):
+            raise ValueError(f"load: {key} must have shape {tuple(tensor.shape)}, got {have} in {file.name}")
 
 
 def _digest(text: str) -> str:
@@ -150,7 +186,7 @@ def _describe(layer: NetworkLayer) -> dict[str, Any]:
     net = layer.network
     return {
         "layer": type(layer).__name__,
-        "weight_shape": list(layer.weight_shape),
+        "settings": layer.settings(),
         "format": type(net).__name__,
         "legs": [list(leg) for leg in net.legs],
         "rows": list(net.rows),
@@ -169,7 +205,9 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
             raise ValueError(f"save: expected tensors alone in the state dict, got {type(value).__name__} at {name!r}")
         if value.is_meta:
             raise ValueError(f"save: {name} is on the meta device and has no numbers; load or initialise it first")
-        data = value.detach()
+        data = value.detach().resolve_conj().resolve_neg()
+        if data.layout != torch.strided:
+            raise ValueError(f"save: expected dense storage, got {data.layout} for {name}; call to_dense() on it first")
         key = (data.data_ptr(), data.dtype, tuple(data.shape), data.stride(), data.device)
         if data.numel() and key in first:
             ties[name] = first[key]
@@ -205,11 +243,18 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
     if metadata.get("sha256") != _digest(text):
         raise ValueError(f"load: the structure in {file.name} does not match its checksum; the file is damaged")
     plan = json.loads(text)
-    if plan.get("format_version") != FORMAT_VERSION:
+    if not isinstance(plan, dict) or plan.get("format_version") != FORMAT_VERSION:
+        version = plan.get("format_version") if isinstance(plan, dict) else None
         raise ValueError(
-            f"load: {file.name} has format version {plan.get('format_version')}, expected {FORMAT_VERSION}; "
+            f"load: {file.name} has format version {version}, expected {FORMAT_VERSION}; "
             "use the version of tnlayers that wrote it"
         )
+    for key in ("layers", "ties", "tensors"):
+        if not isinstance(plan.get(key), dict):
+            raise ValueError(f"load: the structure in {file.name} must have {key!r}, got {sorted(plan)}")
+    unknown = [name for name in plan["ties"].values() if name not in shapes]
+    if unknown:
+        raise ValueError(f"load: tensors tied to {unknown[:5]} must be stored in {file.name}, which has no such")
     return plan, shapes
 
 
@@ -218,7 +263,7 @@ def _plan_changes(
 ) -> dict[str, NetworkLayer]:
     """New layers on the meta device for every tensor layer of the file; the model is not touched."""
     modules = dict(model.named_modules())
-    ties = dict(plan["ties"])
+    ties = plan["ties"]
     changes: dict[str, NetworkLayer] = {}
     for name, row in plan["layers"].items():
         where = f"load: layer {name!r} of {file.name}"
@@ -243,30 +288,29 @@ def _plan_changes(
         check_labels(where, core_shapes, *structure[1:])
         net = format._unchecked([torch.empty(shape, device="meta") for shape in core_shapes], *structure[1:])
         net._check()
-        source = copy.deepcopy(module).to("meta").to_dense_module() if isinstance(module, NetworkLayer) else module
-        changes[name] = layer_class.from_dense(
-            source, lambda _, net=net: net
-        )  # settings of the old, shapes of the file
+        source: Any = copy.deepcopy(module).to("meta").to_dense_module() if isinstance(module, NetworkLayer) else module
+        made = net.to(source.weight.dtype)
+        layer = layer_class.from_dense(source, lambda _, net=made: net)  # settings of the model, shapes of the file
+        own, theirs = layer.settings(), row["settings"]
+        differ = [f"{key}={theirs.get(key)} (model: {own[key]})" for key in own if own[key] != theirs.get(key)]
+        if differ:
+            raise ValueError(f"{where} must have the model's settings, got {', '.join(differ)}")
+        changes[name] = layer
     return changes
 
 
-def _expected_keys(model: nn.Module, changes: dict[str, NetworkLayer]) -> set[str]:
-    """Keys that the changed model's state dict will have."""
-    keys = set(model.state_dict())
-    for name, layer in changes.items():
-        prefix = f"{name}." if name else ""
-        keys = {key for key in keys if not key.startswith(prefix)} | {prefix + key for key in layer.state_dict()}
-    return keys
-
-
-def _read_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
+def _read_tensors(file: Path, plan: dict[str, Any], device: torch.device | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(file, device=str(device))
+        values = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"load: {file.name} cannot be read ({error})") from None
+    for name, (_, _, checksum) in plan["tensors"].items():
+        if name in values and _checksum(values[name]) != checksum:
+            raise ValueError(f"load: tensor {name} in {file.name} does not match its checksum; the file is damaged")
+    return {name: tensor.to(device) for name, tensor in values.items()}
 
 
 def _tie(model: nn.Module, other: str, first: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import ceil, prod, sqrt
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,14 @@ from decompositions.formats.plan import bucket, extend
 from tnlayers.conv_plan import ConvPlan, ConvShape, ConvStep, conv_plans
 from tnlayers.init import default_std
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, run_recipe, spectral_bound
-from tnlayers.linear import copy_settings
+from tnlayers.linear import copy_settings, unchanged_rng
 
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 HINT_SIDE = 32
 """Spatial size that a plan is made for before the layer has seen an input."""
+
+
+C = TypeVar("C", bound="_ConvNd")
 
 
 class _ConvNd(NetworkLayer):
@@ -61,12 +64,11 @@ class _ConvNd(NetworkLayer):
         self.padding_mode = padding_mode
         self.padding, self._pads = self._read_padding(padding)
         shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self._hint_spatial = (HINT_SIDE,) * self.spatial_dims
         self._start(shape, network, recipe, dtype, device, default_std(shape))
         first = self.cores[0]
         self.bias = nn.Parameter(torch.empty(out_channels, dtype=first.dtype, device=first.device)) if bias else None
-        if self.bias is not None:
-            bound = 1 / sqrt(prod(shape[1:]))
-            nn.init.uniform_(self.bias, -bound, bound)
+        self._reset_rest()
 
     def _per_axis(self, what: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
         values = (value,) * self.spatial_dims if isinstance(value, int) else tuple(value)
@@ -93,7 +95,7 @@ class _ConvNd(NetworkLayer):
         return padding, tuple((total // 2, total - total // 2) for total in totals)
 
     @classmethod
-    def from_dense(cls, conv: nn.Module, recipe: Recipe) -> Self:
+    def from_dense(cls: type[C], conv: nn.Module, recipe: Recipe) -> C:
         """Layer that stands in for a trained convolution: kernel by recipe, every setting kept.
 
         Args:
@@ -109,39 +111,39 @@ class _ConvNd(NetworkLayer):
             )
         source: Any = conv
         net = run_recipe(f"{cls.__name__}.from_dense", recipe, source.weight.detach())
-        layer = cls(
-            source.in_channels,
-            source.out_channels,
-            source.kernel_size,
-            source.stride,
-            source.padding,
-            source.dilation,
-            source.groups,
-            source.bias is not None,
-            source.padding_mode,
-            device=source.weight.device,
-            dtype=source.weight.dtype,
-            network=net,
-        )
+        with unchanged_rng(source.weight.device):
+            layer = cls(
+                source.in_channels,
+                source.out_channels,
+                source.kernel_size,
+                source.stride,
+                source.padding,
+                source.dilation,
+                source.groups,
+                source.bias is not None,
+                source.padding_mode,
+                network=net,
+            )
         copy_settings(source, layer, source.weight, source.bias)
         return layer
 
     def to_dense_module(self) -> nn.Module:
         """Return the `torch.nn` convolution with the same function."""
         first = self.cores[0]
-        dense: Any = self.dense_class(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device=first.device,
-            dtype=first.dtype,
-        )
+        with unchanged_rng(first.device):
+            dense: Any = self.dense_class(
+                self.in_channels,
+                self.out_channels,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                self.bias is not None,
+                self.padding_mode,
+                device=first.device,
+                dtype=first.dtype,
+            )
         with torch.no_grad():
             dense.weight.copy_(self.weight)
         copy_settings(self, dense, first, self.bias)
@@ -163,7 +165,12 @@ class _ConvNd(NetworkLayer):
         )
 
     def _make_plan(self, rows: Any) -> ConvPlan:
-        return self._plans_at(rows, (HINT_SIDE,) * self.spatial_dims)[0]
+        return self._plans_at(rows, self._hint_spatial)[0]
+
+    def plan_for_shapes(self, seen: Shapes) -> None:
+        """Make the stored plan for a call with these shapes, spatial sizes included."""
+        self._hint_spatial = seen.input[-self.spatial_dims :]
+        self.plan(batch=seen.input[0] if len(seen.input) == self.spatial_dims + 2 else 1)
 
     def _plans_at(self, batch: int, spatial: Sequence[int]) -> tuple[ConvPlan, ...]:
         net = self.network
@@ -181,7 +188,7 @@ class _ConvNd(NetworkLayer):
         if plan is None:
             plan = self._plans[key] = self._plans_at(key[0], key[1:])[0]
             if self._hint is None and x.shape[0] > 0:
-                self._hint, self._stored = x.shape[0], plan
+                self._hint, self._hint_spatial, self._stored = x.shape[0], tuple(x.shape[2:]), plan
         return plan
 
     def forward(self, x: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
@@ -226,10 +233,10 @@ class _ConvNd(NetworkLayer):
             spatial = x.shape[2:]
             x = x.reshape(x.shape[0], *channels, *spatial)
             order = [0, *(1 + k for k in plan.permute), *range(1 + len(channels), x.ndim)]
-            x = x.permute(order).reshape(x.shape[0], -1, *spatial)
+            x = x.permute(order).reshape(x.shape[0], prod(channels), *spatial)
         fused = plain and plan.chain[-1].free == 0
         if self.bias is not None and not fused:
-            x = x + self.bias.reshape(-1, *(1 for _ in range(self.spatial_dims)))
+            x = x + self.bias.to(x.dtype).reshape(-1, *(1 for _ in range(self.spatial_dims)))
         return x
 
     def _absorb(
@@ -248,7 +255,8 @@ class _ConvNd(NetworkLayer):
         kept, new = shape[: step.kept], shape[step.kept : step.kept + step.new]
         contracted = shape[step.kept + step.new : step.kept + step.new + step.contracted]
         kernel = _where(step.own, self.kernel_size, 1)
-        weight = core.reshape(prod(kept) * prod(new), prod(contracted), *kernel)
+        # contiguous: some backward kernels refuse a transposed weight
+        weight = core.reshape(prod(kept) * prod(new), prod(contracted), *kernel).contiguous()
         free = [channels[k] for k in step.order[: step.free]]
         if step.free or step.order != tuple(range(len(step.order))):
             x = x.reshape(batch, *channels, *spatial)
@@ -288,6 +296,22 @@ class _ConvNd(NetworkLayer):
         """Bound of `‖y - y'‖ / ‖padded x‖`: an entry of x meets at most prod ceil(k / stride) kernel positions."""
         repeats = prod(ceil(k / s) for k, s in zip(self.kernel_size, self.stride, strict=True))
         return sqrt(repeats) * spectral_bound(difference.flatten(1))
+
+    def settings(self) -> dict[str, Any]:
+        """Everything torch's constructor takes."""
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        )
+        plain = {name: getattr(self, name) for name in names}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+        return {**plain, "bias": self.bias is not None}
 
     def extra_repr(self) -> str:
         """Torch's line, then format and equation."""

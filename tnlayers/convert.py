@@ -10,17 +10,20 @@ from torch import Tensor, nn
 
 from decompositions import Network, bond_sides, numel, possible_ranks, unfold
 from decompositions.linalg import gram, relative_error
-from tnlayers.layer import NetworkLayer, Recipe, Shapes, run_recipe
+from tnlayers.layer import NetworkLayer, Recipe, Shapes
 from tnlayers.report import LayerRow, Report
 from tnlayers.surgery import (
     Policy,
     Site,
+    is_transposed,
+    keep_hooks,
     network_layers,
     owners_of_parameters,
     replace,
     sites,
     stand_in_for,
     tie_cores,
+    weight_key,
     why_not,
 )
 
@@ -74,39 +77,30 @@ def tensorize(
         (['converted', 'kept'], 576, 4160)
     """
     found = sites(model)
-    rules = Policy.read("tensorize", policy, exclude)
-    rules.check("tensorize", found, isinstance(policy, Mapping))
     candidates = [site for site in found if stand_in_for(site.module) is not None]
-    params_dense = _parameter_count(model)
-    reasons = _reasons(model, candidates, rules)
-    layers: dict[int, NetworkLayer] = {}
-    by_weight: dict[int, NetworkLayer] = {}
-    targets = [site for site in candidates if not reasons[id(site.module)]]
-    for done, site in enumerate(targets):
-        if progress is not None:
-            progress(done, len(targets), site.name)
-        module: Any = site.module
-        tied = by_weight.get(id(module.weight))
-        recipe: Any = rules.recipe_for(site)
-        layer = _convert(site, recipe, tied)
-        gain = _weight_count(layer) < module.weight.numel()
-        if skip_if_no_gain and not gain:
-            reasons[id(module)] = f"no gain: {_weight_count(layer):,} parameters in {layer.network!r}"
-            continue
-        if tied is not None:
-            tie_cores(tied, layer)
-        by_weight[id(module.weight)] = layers[id(module)] = layer
+    rules = Policy.read("tensorize", policy, exclude)
+    rules.check("tensorize", candidates, isinstance(policy, Mapping))
+    reasons = _reasons(candidates, rules)
+    _keep_ties(model, candidates, reasons)
+    seen = _run_example(model, example_input)
+    layers = _make_layers(candidates, rules, reasons, skip_if_no_gain, progress)
+    _keep_ties(model, candidates, reasons)  # a layer without gain stays dense, and so do those tied to it
+    layers = {key: layer for key, layer in layers.items() if not reasons[key]}
     for site in candidates:
         if id(site.module) in layers and "" in site.names:
-            replace(model, site, layers[id(site.module)])  # raises before anything is changed
-    rows = [(site, layers.get(id(site.module)), reasons[id(site.module)]) for site in candidates]
-    dense = {id(site.module): site.module for site in candidates}
+            replace(model, site, layers[id(site.module)])  # raises: the model itself has no parent
+    rows = []
     for site in candidates:
+        layer = layers.get(id(site.module))
+        rows.append(_row(site, layer, reasons[id(site.module)], seen.get(id(site.module)), spectra))
+    params_dense = _parameter_count(model)
+    for site in candidates:  # nothing can fail from here on
         if id(site.module) in layers:
-            replace(model, site, layers[id(site.module)])
-    positions = _run_example(model, example_input)
-    made = [_row(site, dense[id(site.module)], layer, why, positions, spectra) for site, layer, why in rows]
-    return Report(tuple(made), params_dense, _parameter_count(model))
+            layer = layers[id(site.module)]
+            if id(site.module) in seen:
+                layer.plan_for_shapes(seen[id(site.module)])
+            replace(model, site, layer)
+    return Report(tuple(rows), params_dense, _parameter_count(model))
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -126,15 +120,21 @@ def densify(model: nn.Module) -> nn.Module:
         )
     """
     if isinstance(model, NetworkLayer):
-        return model.to_dense_module()
-    weights: dict[int, nn.Parameter] = {}
+        dense = model.to_dense_module()
+        keep_hooks(model, dense)
+        return dense
+    weights: dict[Any, nn.Parameter] = {}
     for site in sites(model):
         layer = site.module
         if isinstance(layer, NetworkLayer):
-            dense: Any = layer.to_dense_module()
-            key = id(layer.cores[0])
-            dense.weight = weights.setdefault(key, dense.weight)
-            replace(model, site, dense)
+            made: Any = layer.to_dense_module()
+            own, made.weight = made.weight, weights.setdefault(weight_key(layer), made.weight)
+            padding = getattr(made, "padding_idx", None)
+            if padding is not None:  # of tied layers the embedding knows its padding row best
+                with torch.no_grad():
+                    made.weight[padding] = own[padding]
+            keep_hooks(layer, made)
+            replace(model, site, made)
     return model
 
 
@@ -146,15 +146,15 @@ def summary(model: nn.Module) -> str:
         >>> import tnlayers
         >>> from decompositions import LowRank
         >>> model = nn.Sequential(tnlayers.Linear(64, 64, network=tnlayers.random_network(LowRank, rank=4)))
-        >>> print(tnlayers.summary(model).splitlines()[-1])
+        >>> print(tnlayers.summary(model).splitlines()[-1].partition(";")[0])
         whole model: 576 parameters, 4,160 with dense layers (13.8 %)
     """
     header = ("layer", "kind", "network", "parameters", "dense", "share")
     rows = []
     total = dense_total = _parameter_count(model)
-    seen: set[int] = set()
+    seen: set[Any] = set()
     for name, layer in network_layers(model):
-        own, dense = _weight_count(layer), prod(layer.weight_shape)
+        own, dense = layer.numel(), prod(layer.weight_shape)
         rows.append(
             (
                 name or "(model)",
@@ -165,8 +165,8 @@ def summary(model: nn.Module) -> str:
                 f"{own / dense:.1%}",
             )
         )
-        if id(layer.cores[0]) not in seen:
-            seen.add(id(layer.cores[0]))
+        if weight_key(layer) not in seen:
+            seen.add(weight_key(layer))
             dense_total += dense - own
     widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
     lines = [
@@ -176,47 +176,88 @@ def summary(model: nn.Module) -> str:
         for row in (header, tuple("-" * w for w in widths), *rows)
     ]
     share = total / dense_total if dense_total else 1.0
-    lines.append(f"whole model: {total:,} parameters, {dense_total:,} with dense layers ({100 * share:.1f} %)")
+    stored = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
+    gauge = "" if stored == total else f"; {stored:,} numbers stored: the middle matrices of LowRank are gauge"
+    lines.append(f"whole model: {total:,} parameters, {dense_total:,} with dense layers ({100 * share:.1f} %){gauge}")
     return "\n".join(lines)
-
-
-def _weight_count(layer: NetworkLayer) -> int:
-    return numel(layer.network)
 
 
 def _parameter_count(model: nn.Module) -> int:
     """Parameters, tied ones once, networks as their format counts them."""
     held = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
-    seen: set[int] = set()
+    seen: set[Any] = set()
     for _, layer in network_layers(model):
-        if id(layer.cores[0]) not in seen:
-            seen.add(id(layer.cores[0]))
-            held += _weight_count(layer) - sum(core.numel() for core in layer.cores)
+        if weight_key(layer) not in seen:
+            seen.add(weight_key(layer))
+            held += layer.numel() - sum(core.numel() for core in layer.cores)
     return held
 
 
-def _reasons(model: nn.Module, candidates: Sequence[Site], rules: Policy) -> dict[int, str]:
+def _reasons(candidates: Sequence[Site], rules: Policy) -> dict[int, str]:
     """Why each candidate stays dense; empty where it is to be converted."""
     reasons: dict[int, str] = {}
     for site in candidates:
         if rules.excludes(site):
-            reasons[id(site.module)] = "excluded"
+            reason = "excluded"
         elif rules.recipe_for(site) is None:
-            reasons[id(site.module)] = "no rule matches"
+            reason = "no rule matches"
+        elif any("_orig_mod" in name.split(".") for name in site.names):
+            reason = "it is inside a compiled module, which keeps calling the old one; tensorize before torch.compile"
         else:
-            reasons[id(site.module)] = why_not(site.module)
+            reason = why_not(site.module)
+        reasons[id(site.module)] = reason
+    return reasons
+
+
+def _keep_ties(model: nn.Module, candidates: Sequence[Site], reasons: dict[int, str]) -> None:
+    """Find ties to something that stays dense, or that cannot be shared; they keep their partners dense."""
     owners = owners_of_parameters(model)
     changed = True
-    while changed:  # a tie to something that stays dense keeps its partners dense
+    while changed:
         changed = False
         converted = {f"{name}.weight".lstrip(".") for s in candidates if not reasons[id(s.module)] for name in s.names}
         for site in candidates:
-            weight = getattr(site.module, "weight", None)
-            others = [name for name in owners.get(id(weight), []) if name not in converted]
-            if not reasons[id(site.module)] and others:
-                reasons[id(site.module)] = f"its weight is tied to {others[0]}, which stays dense"
-                changed = True
-    return reasons
+            module: Any = site.module
+            if reasons[id(module)]:
+                continue
+            own = {f"{name}.{key}".lstrip(".") for name in site.names for key in ("weight", "bias")}
+            others = [name for name in owners.get(id(module.weight), []) if name not in converted]
+            biases = [name for name in owners.get(id(getattr(module, "bias", None)), []) if name not in own]
+            partners = [s.module for s in candidates if getattr(s.module, "weight", None) is module.weight]
+            if others:
+                reasons[id(module)] = f"its weight is tied to {others[0]}, which stays dense"
+            elif biases:
+                reasons[id(module)] = f"its bias is tied to {biases[0]}"
+            elif len({is_transposed(partner) for partner in partners}) > 1:
+                reasons[id(module)] = "its weight is tied to a layer that uses it transposed"
+            changed = changed or bool(reasons[id(module)])
+
+
+def _make_layers(
+    candidates: Sequence[Site],
+    rules: Policy,
+    reasons: dict[int, str],
+    skip_if_no_gain: bool,
+    progress: Callable[[int, int, str], None] | None,
+) -> dict[int, NetworkLayer]:
+    """Stand-ins by the id of their module; what gains nothing goes into `reasons` instead."""
+    layers: dict[int, NetworkLayer] = {}
+    by_weight: dict[int, NetworkLayer] = {}
+    targets = [site for site in candidates if not reasons[id(site.module)]]
+    for done, site in enumerate(targets):
+        if progress is not None:
+            progress(done, len(targets), site.name)
+        module: Any = site.module
+        tied = by_weight.get(id(module.weight))
+        recipe: Any = rules.recipe_for(site)
+        layer = _convert(site, recipe, tied)
+        if skip_if_no_gain and layer.numel() >= module.weight.numel():
+            reasons[id(module)] = f"no gain: {layer.numel():,} parameters in {layer.network!r}"
+            continue
+        if tied is not None:
+            tie_cores(tied, layer)
+        by_weight[id(module.weight)] = layers[id(module)] = layer
+    return layers
 
 
 def _convert(site: Site, recipe: Recipe, tied: NetworkLayer | None) -> NetworkLayer:
@@ -227,9 +268,11 @@ def _convert(site: Site, recipe: Recipe, tied: NetworkLayer | None) -> NetworkLa
     try:
         if tied is not None:
             return layer_class.from_dense(module, lambda _: tied.network.detach())
-        return layer_class.from_dense(module, lambda weight: run_recipe(where, recipe, weight))
+        return layer_class.from_dense(module, recipe)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{where}: {error}") from error
+    except Exception as error:  # a recipe is anybody's code: whatever it raises, say at which layer
+        raise ValueError(f"{where}: the recipe raised {type(error).__name__}: {error}") from error
 
 
 def _run_example(model: nn.Module, example: Any) -> dict[int, Shapes]:
@@ -242,7 +285,7 @@ def _run_example(model: nn.Module, example: Any) -> dict[int, Shapes]:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             shapes.setdefault(id(module), Shapes(tuple(args[0].shape), tuple(output.shape)))
 
-    watched = [s.module for s in sites(model) if isinstance(s.module, NetworkLayer) or stand_in_for(s.module)]
+    watched = [site.module for site in sites(model) if stand_in_for(site.module)]
     handles = [module.register_forward_hook(note) for module in watched]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -260,16 +303,13 @@ def _run_example(model: nn.Module, example: Any) -> dict[int, Shapes]:
     return shapes
 
 
-def _row(
-    site: Site, dense: nn.Module, layer: NetworkLayer | None, why: str, shapes: dict[int, Shapes], spectra: bool
-) -> LayerRow:
-    source: Any = dense
+def _row(site: Site, layer: NetworkLayer | None, why: str, seen: Shapes | None, spectra: bool) -> LayerRow:
+    dense: Any = site.module
     stand_in = stand_in_for(dense)
-    weight: Any = getattr(source, "weight", None)
+    weight: Any = getattr(dense, "weight", None)
     known = isinstance(weight, Tensor) and not isinstance(weight, nn.parameter.UninitializedParameter)
     shape = tuple(weight.shape) if known else ()
-    bias = source.bias.numel() if isinstance(getattr(source, "bias", None), Tensor) and known else 0
-    seen = shapes.get(id(dense if layer is None else layer))
+    bias = dense.bias.numel() if isinstance(getattr(dense, "bias", None), Tensor) and known else 0
     count = (prod(shape) if known else 0) + bias
     flops_dense = stand_in.dense_flops(shape, seen) if stand_in is not None and known else 0
     row = LayerRow(
@@ -293,7 +333,7 @@ def _row(
     if layer is None:
         return row
     net = layer.network.detach()
-    reference = weight.detach() if tuple(layer.weight_shape) == shape else weight.detach().T
+    reference = weight.detach().T if is_transposed(dense) else weight.detach()
     approximation = layer.weight.detach()
     values, cuts = _spectra(net, reference) if spectra and net.is_tree else ({}, {})
     return dataclasses.replace(

@@ -1,7 +1,7 @@
 """Embedding whose table is a network; rows are contracted from gathered slices, never from the dense table."""
 
 from math import prod
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Inexact, Int
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from decompositions import Network
 from decompositions.formats.plan import BATCH, Plan, plan_path, run
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, run_recipe
-from tnlayers.linear import copy_settings
+from tnlayers.linear import copy_settings, unchanged_rng
 
 
 class Embedding(NetworkLayer):
@@ -76,13 +76,14 @@ class Embedding(NetworkLayer):
             raise ValueError(f"Embedding: padding_idx must be within {num_embeddings} rows, got {padding_idx}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.bias = None
         self._start((num_embeddings, embedding_dim), network, recipe, dtype, device, 1.0)
         first = self.cores[0]
         vector = torch.zeros(embedding_dim, dtype=first.dtype, device=first.device)
         self.register_buffer("padding_vector", None if padding_idx is None else vector)
 
     @classmethod
-    def from_dense(cls, embedding: nn.Module, recipe: Recipe) -> Self:
+    def from_dense(cls, embedding: nn.Module, recipe: Recipe) -> "Embedding":
         """Layer that stands in for a trained `nn.Embedding`; the padding row keeps its very values.
 
         Args:
@@ -105,8 +106,6 @@ class Embedding(NetworkLayer):
             embedding.norm_type,
             embedding.scale_grad_by_freq,
             embedding.sparse,
-            device=weight.device,
-            dtype=weight.dtype,
             network=net,
         )
         if layer.padding_vector is not None:
@@ -117,9 +116,10 @@ class Embedding(NetworkLayer):
     def to_dense_module(self) -> nn.Embedding:
         """Return the `nn.Embedding` with the same function."""
         first = self.cores[0]
-        dense = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, self.padding_idx, device=first.device, dtype=first.dtype
-        )
+        with unchanged_rng(first.device):
+            dense = nn.Embedding(
+                self.num_embeddings, self.embedding_dim, self.padding_idx, device=first.device, dtype=first.dtype
+            )
         with torch.no_grad():
             dense.weight.copy_(self.weight)
         copy_settings(self, dense, first, None)
@@ -180,6 +180,22 @@ class Embedding(NetworkLayer):
         """Bound of `‖y - y'‖` for one token: the largest row norm of the difference."""
         return float(torch.linalg.vector_norm(difference.double(), dim=1).max())
 
+    def plan_for_shapes(self, seen: Shapes) -> None:
+        """Make the stored plan for a call with these shapes: every token is a row."""
+        self.plan(batch=max(1, prod(seen.input)))
+
+    def settings(self) -> dict[str, Any]:
+        """Sizes and the padding index."""
+        return {
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "padding_idx": self.padding_idx,
+        }
+
+    def _reset_rest(self, generator: torch.Generator | None = None) -> None:
+        if self.padding_vector is not None:
+            self.padding_vector.zero_()
+
     def extra_repr(self) -> str:
         """Sizes, padding, format and equation."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -188,7 +204,8 @@ class Embedding(NetworkLayer):
 
 def _check_range(tokens: Tensor, rows: int) -> None:
     """Padded tables have more rows than tokens: an index in between must not pass in silence."""
-    if tokens.numel() == 0 or torch._C._functorch.is_batchedtensor(tokens):  # inside vmap values cannot be read
+    unreadable = type(tokens) is not Tensor or torch._C._functorch.is_batchedtensor(tokens)  # fake tensors, vmap
+    if unreadable or tokens.numel() == 0:
         return
     low, high = tokens.aminmax()
     if int(low) < 0 or int(high) >= rows:

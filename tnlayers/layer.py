@@ -1,5 +1,6 @@
 """The base of every layer whose weight is a network: cores as Parameters, structure as plain data, plans."""
 
+import copy
 from collections.abc import Callable
 from math import prod, sqrt
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from decompositions.formats.network import Labels, check_labels
 from decompositions.formats.plan import Plan, Step, bucket, plan_apply, plan_dense, run
 from decompositions.linalg import gram
 from tnlayers.init import RandomNetwork
-from tnlayers.rank_change import resize_
+from tnlayers.rank_change import announce, remember_copy, resize_
 
 Recipe = Callable[[Tensor], Any]
 """Dense weight -> Network (or the pair (Network, error) of `with_error=True`)."""
@@ -48,6 +49,13 @@ class NetworkLayer(nn.Module):
 
     Subclasses say what the weight's shape is and what to do with x. `state_dict` holds the cores (`cores.0`, ...) and
     the ordinary entries; `load_state_dict` adopts the ranks it finds.
+
+    Example:
+        >>> import tnlayers
+        >>> from decompositions import LowRank
+        >>> layer = tnlayers.Linear(8, 4, network=tnlayers.random_network(LowRank, rank=2))
+        >>> isinstance(layer, tnlayers.NetworkLayer), list(layer.state_dict())
+        (True, ['bias', 'cores.0', 'cores.1', 'cores.2'])
     """
 
     cores: nn.ParameterList
@@ -69,6 +77,7 @@ class NetworkLayer(nn.Module):
         self.weight_shape, self._std = weight_shape, std
         self._plans: dict[Any, Any] = {}
         self._hint: int | None = None
+        asked = dtype, None if device is None else torch.device(device).type
         dtype = torch.get_default_dtype() if dtype is None else dtype
         device = torch.get_default_device() if device is None else torch.device(device)
         if (network is None) == (recipe is None):
@@ -88,6 +97,11 @@ class NetworkLayer(nn.Module):
                 network = network.or_std(std)
             assert network is not None
             net = self._fit(network if isinstance(network, Network) else network(weight_shape, dtype, device))
+            if asked[0] not in (None, net.dtype) or asked[1] not in (None, net.device.type):
+                raise TypeError(
+                    f"{name}: the network must have the dtype and device asked for, expected {dtype} on {device}, "
+                    f"got {net.dtype} on {net.device}"
+                )
         self.cores = nn.ParameterList([nn.Parameter(core.detach().contiguous().clone()) for core in net.cores])
         self._structure = Structure.of(net)
         self._row_modes, self._col_modes = net.row_modes, net.col_modes  # ranks may change, modes may not
@@ -126,15 +140,17 @@ class NetworkLayer(nn.Module):
     def set_network(self, network: Network) -> None:
         """Replace the weight, at any ranks: the one call that changes ranks.
 
-        The Parameter objects stay (optimizers, ties and hooks keep them), their gradients are dropped, and graphs built
-        before stay usable. Optimizers that kept moments of the old shapes lose those, with a RankChangeWarning once;
-        averaged copies of the model need a new start.
+        The Parameter objects stay (optimizers, ties and hooks keep them) and their gradients are dropped. Call it after
+        `backward`: a graph built before can no longer be run backward (torch says so), but may stay alive. Optimizers
+        lose the moments of the replaced cores, with a RankChangeWarning once; a live deep copy (an averaged model)
+        keeps the old ranks and is pointed out once. Processes that share the cores' memory do not see the change.
 
         Args:
             network: same format, labels, modes, dtype and device as now; only ranks may differ.
 
         Raises:
-            ValueError: anything but the ranks differs (make another layer with `from_dense` or `network=`).
+            ValueError: anything but the ranks differs (make another layer with `from_dense` or `network=`), or a core
+                is not finite.
 
         Example:
             >>> import torch, tnlayers
@@ -160,12 +176,20 @@ class NetworkLayer(nn.Module):
                 f"{name}.set_network: only ranks may change, expected a network like {self.network!r} "
                 f"({self.network.equation}), got {network!r} ({network.equation}); make another layer instead"
             )
+        if not all(bool(torch.isfinite(core).all()) for core in network.cores if not core.is_meta):
+            raise ValueError(f"{name}.set_network: cores must be finite, got NaN or infinity in {network!r}")
+        resized = network.ranks != self.network.ranks
         for parameter, core in zip(self.cores, network.cores, strict=True):
             resize_(parameter, core)
+        announce(self, list(self.cores), resized=resized)
         self._replan()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the cores anew at the present ranks; the dense weight gets the standard deviation of torch's layer."""
+        """Draw the cores anew at the present ranks; the dense weight gets the standard deviation of torch's layer.
+
+        Everything else a layer owns (bias, padding vector) is reset too, so that a model made on the meta device and
+        moved with `to_empty` holds no uninitialised memory afterwards.
+        """
         first = self.cores[0]
         fresh = fill_random(
             self.network.detach(), std=self._std, generator=generator, dtype=first.dtype, device=first.device
@@ -173,6 +197,13 @@ class NetworkLayer(nn.Module):
         with torch.no_grad():
             for parameter, core in zip(self.cores, fresh.cores, strict=True):
                 parameter.copy_(core)
+        self._reset_rest(generator)
+
+    def _reset_rest(self, generator: torch.Generator | None = None) -> None:
+        """Reset what is not a core: as torch, a bias from U(-b, b) with b = 1 / sqrt(fan_in)."""
+        if self.bias is not None:
+            bound = 1 / sqrt(prod(self.weight_shape[1:]))
+            nn.init.uniform_(self.bias, -bound, bound, generator=generator)
 
     def plan(self, batch: int | None = None) -> Any:
         """Plan for `batch` rows and keep that plan as the stored one; with None return the stored plan.
@@ -222,6 +253,10 @@ class NetworkLayer(nn.Module):
         """Multiply-adds times two of this layer for one sample, as `dense_flops` counts."""
         raise TypeError("NetworkLayer.sample_flops: expected a layer, got the base")
 
+    def plan_for_shapes(self, seen: Shapes) -> None:
+        """Make the stored plan for a call with these shapes."""
+        self.plan(batch=max(1, seen.input[0]))
+
     def output_bound(self, difference: Tensor) -> float:
         """Bound of `‖y - y'‖ / ‖x‖` for two weights that differ by `difference`: its spectral norm.
 
@@ -237,6 +272,25 @@ class NetworkLayer(nn.Module):
         result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
         self._replan()
         return result
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__}: the weight is computed from the cores and cannot be assigned; "
+                "use set_network, or tensorize the dense model after tying its weights"
+            )
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkLayer":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        remember_copy(self, new)
+        return new
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor settings besides the network, as plain data: what a file must agree on."""
+        raise TypeError("NetworkLayer.settings: expected a layer, got the base")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -254,12 +308,22 @@ def spectral_bound(matrix: Tensor) -> float:
 
 
 def run_recipe(name: str, recipe: Recipe, weight: Tensor) -> Network:
-    """Call a recipe without autograd and take the network of a (network, error) pair."""
+    """Call a recipe on a copy, without autograd; take the network of a (network, error) pair and check it."""
     with torch.no_grad():
-        made = recipe(weight)
+        made = recipe(weight.detach().clone())
     net = made[0] if isinstance(made, tuple) else made
     if not isinstance(net, Network):
         raise TypeError(f"{name}: a recipe must return a decompositions.Network, got {type(net).__name__}")
+    if net.dtype != weight.dtype:
+        raise TypeError(
+            f"{name}: a recipe must keep the dtype, expected {weight.dtype}, got {net.dtype}; use net.to(...)"
+        )
+    if net.device.type == "meta":  # structure alone, for a file's numbers to come
+        return net
+    if net.device != weight.device:
+        raise TypeError(f"{name}: a recipe must keep the device, expected {weight.device}, got {net.device}")
+    if not all(bool(torch.isfinite(core).all()) for core in net.cores):
+        raise ValueError(f"{name}: a recipe must return finite cores, got NaN or infinity in {net!r}")
     return net
 
 
@@ -276,6 +340,11 @@ def _adopt_ranks(
     """Resize the cores to the ranks found in a state dict, so that loading works across ranks."""
     found = [state_dict.get(f"{prefix}cores.{k}") for k in range(len(module.cores))]
     if any(core is None for core in found):
+        if f"{prefix}weight" in state_dict:
+            error_msgs.append(
+                f"{prefix}: expected cores, got a dense weight; load it into the dense model and tensorize, or use "
+                f"{type(module).__name__}.from_dense"
+            )
         return  # torch reports missing keys itself
     cores = [core for core in found if core is not None]
     if all(core.shape == own.shape for core, own in zip(cores, module.cores, strict=True)):

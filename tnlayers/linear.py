@@ -1,7 +1,8 @@
 """Linear layer: `y = x W^T + b` with W a network."""
 
-from math import prod, sqrt
-from typing import Self
+from contextlib import AbstractContextManager
+from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Inexact
@@ -59,11 +60,10 @@ class Linear(NetworkLayer):
         self._start(shape, network, recipe, dtype, device, default_std(shape))
         first = self.cores[0]
         self.bias = nn.Parameter(torch.empty(out_features, dtype=first.dtype, device=first.device)) if bias else None
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -1 / sqrt(in_features), 1 / sqrt(in_features))
+        self._reset_rest()
 
     @classmethod
-    def from_dense(cls, linear: nn.Module, recipe: Recipe) -> Self:
+    def from_dense(cls, linear: nn.Module, recipe: Recipe) -> "Linear":
         """Layer that stands in for a trained `nn.Linear`: weight by recipe, bias and settings kept.
 
         Args:
@@ -83,18 +83,18 @@ class Linear(NetworkLayer):
         weight = dense_linear_weight(linear)
         net = run_recipe("Linear.from_dense", recipe, weight.detach())
         bias = linear.bias
-        layer = cls(
-            weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype, network=net
-        )
+        with unchanged_rng(weight.device):
+            layer = cls(weight.shape[1], weight.shape[0], bias is not None, network=net)
         copy_settings(linear, layer, linear.weight, bias)  # type: ignore[arg-type]
         return layer
 
     def to_dense_module(self) -> nn.Linear:
         """Return the `nn.Linear` with the same function."""
         first = self.cores[0]
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=first.device, dtype=first.dtype
-        )
+        with unchanged_rng(first.device):
+            dense = nn.Linear(
+                self.in_features, self.out_features, self.bias is not None, device=first.device, dtype=first.dtype
+            )
         with torch.no_grad():
             dense.weight.copy_(self.weight)
         copy_settings(self, dense, first, self.bias)
@@ -108,7 +108,7 @@ class Linear(NetworkLayer):
 
     def forward(self, x: Inexact[Tensor, "*batch n"]) -> Inexact[Tensor, "*batch m"]:
         """Return `x W^T + b`, for any leading axes, an empty batch included."""
-        if x.shape[-1] != self.in_features:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"Linear: the last axis of x must be in_features, expected {self.in_features}, got {tuple(x.shape)}"
             )
@@ -121,7 +121,7 @@ class Linear(NetworkLayer):
         if out > self.out_features:
             y = y[:, : self.out_features]
         if self.bias is not None:
-            y = y + self.bias
+            y = y + self.bias.to(y.dtype)  # under autocast y is in the low precision, as torch's is
         return y.reshape(*batch_shape, self.out_features)
 
     def flops(self, batch: int = 1) -> int:
@@ -136,6 +136,14 @@ class Linear(NetworkLayer):
     def sample_flops(self, seen: Shapes | None) -> int:
         """Multiply-adds times two of one sample, all its rows."""
         return self.flops(1 if seen is None else max(1, prod(seen.input[1:-1])))
+
+    def plan_for_shapes(self, seen: Shapes) -> None:
+        """Make the stored plan for a call with these shapes: all leading axes of x are rows."""
+        self.plan(batch=max(1, prod(seen.input[:-1])))
+
+    def settings(self) -> dict[str, Any]:
+        """Widths and whether there is a bias."""
+        return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
 
     def extra_repr(self) -> str:
         """Widths, bias, format and equation."""
@@ -155,6 +163,11 @@ def dense_linear_weight(linear: nn.Module) -> Tensor:
     if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
         return weight.T
     raise TypeError(f"Linear.from_dense: expected a torch.nn.Linear or Conv1D, got {type(linear).__name__}")
+
+
+def unchanged_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Keep the global generators as they are while throw-away initial values are drawn."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def copy_settings(source: nn.Module, target: nn.Module, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,18 +1,23 @@
-"""What a rank change means to the parameters' owners: shapes in place, and optimizers told."""
+"""What a rank change means to the parameters' owners: contents in place, optimizers and copies told."""
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class RankChangeWarning(UserWarning):
-    """An optimizer kept state of the old ranks; the message says what was done and what to use instead."""
+    """Somebody kept state of the old ranks; the message says what was done and what to do."""
 
 
-_RESIZED = "_tnlayers_resized"
+_generation = WeakTensorKeyDictionary()  # core Parameter -> how often it was replaced
+_served: WeakKeyDictionary[Optimizer, WeakTensorKeyDictionary] = WeakKeyDictionary()
+_copies: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+_warned: WeakSet[Any] = WeakSet()
 _hook: Any = None
 
 
@@ -21,33 +26,56 @@ def resize_(parameter: nn.Parameter, core: Tensor) -> None:
 
     `p.data = ...` would raise at the next backward while an old graph is alive; `set_` under no_grad does not.
     """
-    global _hook
-    if parameter.shape != core.shape:
-        setattr(parameter, _RESIZED, True)
-        if _hook is None:
-            _hook = register_optimizer_step_pre_hook(_drop_stale_state)
     parameter.grad = None
     with torch.no_grad():
         parameter.set_(core.detach().contiguous().clone())  # type: ignore[call-overload]
 
 
-def _drop_stale_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a step: moments of another shape than their parameter are dropped, and that is said once an optimizer."""
-    stale = 0
+def announce(layer: nn.Module, cores: list[nn.Parameter], *, resized: bool) -> None:
+    """Note that cores were replaced: optimizers drop their moments at the next step, live copies are pointed out."""
+    global _hook
+    for core in cores:
+        _generation[core] = _generation.get(core, 0) + 1
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_drop_old_state)
+    if resized and _copies.get(layer) and layer not in _warned:
+        _warned.add(layer)
+        warnings.warn(
+            f"{type(layer).__name__}: ranks changed while a deep copy of the layer is alive; if that is an averaged "
+            "model (AveragedModel, EMA, SWA), make it anew: averages of cores of different ranks mean nothing",
+            RankChangeWarning,
+            stacklevel=3,
+        )
+
+
+def remember_copy(layer: nn.Module, copy: nn.Module) -> None:
+    """Note a deep copy, so that a later rank change can point it out."""
+    _copies.setdefault(layer, WeakSet()).add(copy)
+
+
+def _drop_old_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a step: state of replaced cores is dropped, once a replacement, and that is said once an optimizer."""
+    served = _served.get(optimizer)
+    if served is None:
+        served = _served[optimizer] = WeakTensorKeyDictionary()
+    replaced = dropped = 0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if not getattr(p, _RESIZED, False):
+            generation = _generation.get(p, 0)
+            if generation == served.get(p, 0):
                 continue
-            state = optimizer.state.get(p, {})
-            if any(isinstance(v, Tensor) and v.ndim > 0 and v.shape != p.shape for v in state.values()):
-                del optimizer.state[p]
-                stale += 1
-    if stale and not getattr(optimizer, _RESIZED, False):
-        setattr(optimizer, _RESIZED, True)
+            served[p] = generation
+            replaced += 1
+            dropped += optimizer.state.pop(p, None) is not None
+    if replaced and hasattr(optimizer, "_numel_cache"):  # LBFGS flattens all parameters into one vector
+        dropped += len(optimizer.state)
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+    if dropped and optimizer not in _warned:
+        _warned.add(optimizer)
         warnings.warn(
-            f"{type(optimizer).__name__}: ranks changed, so the moments of {stale} cores were dropped and start anew; "
-            "call set_network less often, or use an optimizer that transports its state. Averaged copies of the model "
-            "(EMA, SWA) need a new start as well",
+            f"{type(optimizer).__name__}: set_network replaced cores, so the moments of {dropped} of them were dropped "
+            "and start anew; call set_network less often, or use an optimizer that transports its state",
             RankChangeWarning,
             stacklevel=4,
         )

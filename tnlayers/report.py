@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tnlayers.figures import parameters_figure, spectrum_figure
 from tnlayers.files import write_atomic
@@ -195,7 +195,7 @@ class Report:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Inverse of `to_dict`.
 
         Raises:

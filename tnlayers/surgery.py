@@ -25,6 +25,17 @@ STAND_INS: dict[type[nn.Module], type[NetworkLayer]] = {
 }
 """Which layer stands in for which module; another module type is one more row."""
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
 
 class Site(NamedTuple):
     """One module of a model: all the names it is reachable by, the first one first."""
@@ -40,24 +51,35 @@ class Site(NamedTuple):
 
 def sites(model: nn.Module) -> list[Site]:
     """Every module of the model once, with all its names (a shared module has several)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sites: expected a torch.nn.Module, got {type(model).__name__}")
     found: dict[int, tuple[list[str], nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        found.setdefault(id(module), ([], module))[0].append(name)
+    try:
+        for name, module in model.named_modules(remove_duplicate=False):
+            found.setdefault(id(module), ([], module))[0].append(name)
+    except RecursionError:
+        raise ValueError(f"sites: a {type(model).__name__} must not contain itself as a submodule") from None
     return [Site(tuple(names), module) for names, module in found.values()]
 
 
 def stand_in_for(module: nn.Module) -> type[NetworkLayer] | None:
     """Layer class that can replace a module, None if there is none.
 
-    A subclass counts only while it keeps torch's `forward`: another forward is another function.
+    A subclass counts only while it keeps torch's `forward` (and `_conv_forward`): another forward is another function.
     """
     for dense, layer in STAND_INS.items():
-        if isinstance(module, dense) and type(module).forward is dense.forward:
+        own = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
+        if isinstance(module, dense) and own == [getattr(dense, name, None) for name in ("forward", "_conv_forward")]:
             return layer
     hugging_face = sys.modules.get("transformers.pytorch_utils")
     if hugging_face is not None and type(module) is getattr(hugging_face, "Conv1D", None):
         return Linear
     return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weight as (in, out), as Hugging Face's `Conv1D` does."""
+    return stand_in_for(module) is Linear and not isinstance(module, nn.Linear)
 
 
 def why_not(module: nn.Module) -> str:
@@ -77,12 +99,21 @@ def why_not(module: nn.Module) -> str:
         return "its weight is on the meta device; load the numbers first"
     if weight.numel() == 0:
         return f"its weight is empty, shape {tuple(weight.shape)}"
-    for what in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (by another library?), which would be lost"
+    for what in HOOKS:
         if getattr(module, what, None):
             return f"it carries hooks ({what.strip('_')}), which would be lost; remove them first"
-    extra = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
+    bias = getattr(module, "bias", None)
+    if weight._backward_hooks or (bias is not None and bias._backward_hooks):
+        return "its parameters carry hooks, which would be lost; remove them first"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"its bias is {bias.dtype} and its weight {weight.dtype}; a tensor layer has one dtype"
+    extra = [
+        name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in ("weight", "bias")
+    ]
     if extra:
-        return f"it has parameters of its own besides weight and bias: {', '.join(extra)}"
+        return f"it has tensors of its own besides weight and bias: {', '.join(extra)}"
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option, None):
             return f"{option}={getattr(module, option)} acts on single rows, which share their parameters in a network"
@@ -90,7 +121,7 @@ def why_not(module: nn.Module) -> str:
 
 
 def replace(model: nn.Module, site: Site, new: nn.Module) -> None:
-    """Put `new` in place of a module under all its names.
+    """Put `new` in place of a module under all its names (hooks are the caller's business).
 
     Raises:
         ValueError: the site is the model itself, which has no parent to hold another module.
@@ -135,17 +166,23 @@ class Policy(NamedTuple):
                 raise TypeError(f"{name}: keys must be name patterns or nn.Module types, got {key!r}")
         return cls(rules, tuple(exclude))
 
-    def check(self, name: str, found: Sequence[Site], policy_given: bool) -> None:
-        """Refuse a pattern that matches nothing: a typing error must not convert less in silence."""
-        names = [n for site in found for n in site.names if n]
+    def check(self, name: str, candidates: Sequence[Site], policy_given: bool) -> None:
+        """Refuse a pattern that matches no layer: a typing error must not convert less in silence."""
+        names = [n for site in candidates for n in site.names if n]
         keys = (*(key for key, _ in self.rules), *self.exclude) if policy_given else self.exclude
         for key in keys:
-            if any(_matches(key, site) for site in found):
+            if any(_matches(key, site) for site in candidates):
                 continue
-            near = difflib.get_close_matches(key, names, n=3, cutoff=0.4) if isinstance(key, str) else []
-            hint = f"; near it: {', '.join(near)}" if near else ""
+            hint = ""
+            if isinstance(key, str):
+                inside = any(n.startswith(f"{key}.") for n in names)
+                near = [f"{key}.*"] if inside else difflib.get_close_matches(key, names, n=3, cutoff=0.4)
+                hint = f"; perhaps {', '.join(map(repr, near))}" if near else ""
             shown = key if isinstance(key, str) else key.__name__
-            raise ValueError(f"{name}: every pattern must match a module, got {shown!r}, which matches none{hint}")
+            raise ValueError(
+                f"{name}: every pattern must match a layer that can be replaced, got {shown!r}, which matches none "
+                f"of {len(candidates)}{hint}"
+            )
 
     def recipe_for(self, site: Site) -> Any | None:
         """Value of the first rule that matches, None if none does."""
@@ -181,3 +218,16 @@ def tie_cores(first: NetworkLayer, other: NetworkLayer) -> None:
     """Let two layers of one weight share their core Parameters."""
     for k in range(len(first.cores)):
         other.cores[k] = first.cores[k]
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let a module take over another's forward and backward hooks (the very dictionaries: handles stay valid)."""
+    for name in HOOKS[:4]:
+        for attribute in (name, f"{name}_with_kwargs", f"{name}_always_called"):
+            if hasattr(old, attribute) and hasattr(new, attribute):
+                setattr(new, attribute, getattr(old, attribute))
+
+
+def weight_key(layer: NetworkLayer) -> tuple[object, ...]:
+    """What two layers of one weight have in common: the very cores, and the shape they stand for."""
+    return (*(id(core) for core in layer.cores), layer.weight_shape)

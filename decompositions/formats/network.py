@@ -204,7 +204,15 @@ class Network:
 
 
 def _register(cls: type[Network]) -> None:
-    """Make a format a pytree (cores are leaves, labels are static context) and known by name to checkpoints."""
+    """Make a format a pytree (cores are leaves, labels are static context) and known by name to checkpoints.
+
+    The name is what a file says, so that another class of the same name must not take it over.
+    """
+    known = Network.formats.get(cls.__name__)
+    if known is not None and known.__module__ != cls.__module__:
+        raise TypeError(
+            f"Network: a format named {cls.__name__!r} exists already ({known.__module__}); choose another name"
+        )
     Network.formats[cls.__name__] = cls
     pytree.register_pytree_node(
         cls,

@@ -4,11 +4,11 @@ A plan is made of plain tuples, from shapes only: it is made once, outside trace
 Labels are re-lettered within each pairwise step, so that a network may have more labels than einsum has letters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from string import ascii_letters
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import opt_einsum
 import torch
@@ -134,6 +134,16 @@ class _Builder:
 
 
 Sizes = tuple[tuple[str, int], ...]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _constant_while_tracing(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, which would import dynamo here and double the time of `import torch`.
+
+    The mark is all that it sets; the tests under the mark `compile` fail where torch changes it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @lru_cache(maxsize=8192)
@@ -159,12 +169,12 @@ def _plan_apply(
 
 # Plans are constants of the traced program: under torch.compile they are made while tracing, from shapes.
 # (Plain functions: dynamo looks through an lru_cache wrapper, mark included, and would trace opt_einsum.)
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def _plan_path_constant(inputs: tuple[Labels, ...], sizes: Sizes, output: Labels, itemsize: int) -> Plan:
     return _plan_path(inputs, sizes, output, itemsize)
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def _plan_apply_constant(
     legs: tuple[Labels, ...], rows: Labels, cols: Labels, sizes: Sizes, batch: int, itemsize: int
 ) -> tuple[Plan, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from tnlayers.files import write_atomic
 from tnlayers.page import Cell, Column, compact, number, percent, text_table
@@ -76,7 +76,7 @@ class Row:
         return self.net, self.variant, self.seed
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
         """Inverse of `dataclasses.asdict`.
 
         Raises:
@@ -135,7 +135,7 @@ class RowStore:
             raise
         return store
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RowStore:
         return self
 
     def __exit__(
