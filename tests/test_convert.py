@@ -158,7 +158,7 @@ def test_no_gain_is_skipped_and_said():
         ({5: svd}, {}, "nn.Module types"),
     ],
 )
-def test_bad_policies_are_refused_before_anything_changes(policy, options, message):
+def test_bad_policies_are_refused_before_anything_changes(policy, options, message, unchecked):
     model = small_net()
     before = str(model)
     with pytest.raises((ValueError, TypeError), match=message):

@@ -179,7 +179,7 @@ def test_embedding_padding_sends_no_gradient_and_starts_at_zero():
     assert float(layer.weight[9].detach().abs().max()) == 0
 
 
-def test_embedding_refuses_tokens_outside_even_in_the_padded_range():
+def test_embedding_refuses_tokens_outside_even_in_the_padded_range(unchecked):
     layer = tnlayers.Embedding(13, 4, network=tnlayers.random_network(TTMatrix, rank=2, order=2))
     assert layer.network.row_modes[0] * layer.network.row_modes[1] > 13
     for bad in (13, -1):
@@ -376,7 +376,7 @@ def test_an_old_graph_may_stay_alive_through_a_rank_change():
     assert layer.cores[0].grad.shape == (8, 2)
 
 
-def test_set_network_refuses_what_would_break_the_layer():
+def test_set_network_refuses_what_would_break_the_layer(unchecked):
     layer = tnlayers.Linear(8, 6, network=tnlayers.random_network(LowRank, rank=2))
     with pytest.raises(ValueError, match="float64"):
         layer.set_network(layer.network.to(torch.float64))
