@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import isfinite, prod
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -136,7 +137,7 @@ def check_tensor(name: str, x: Tensor, *, min_order: int = 1) -> None:
 
 def check_tol(name: str, tol: float | None) -> None:
     """Refuse a tolerance that is not a relative error."""
-    if tol is not None and not (isinstance(tol, (int, float)) and isfinite(tol) and tol >= 0):
+    if tol is not None and (isinstance(tol, bool) or not (isinstance(tol, Real) and isfinite(tol) and tol >= 0)):
         raise ValueError(f"{name}: tol must be a finite relative error >= 0, got {tol!r}")
 
 
@@ -144,25 +145,25 @@ def check_ranks(name: str, rank: int | Sequence[int] | None, possible: Sequence[
     """One cap per bond: an int caps every bond, a sequence names each and must be possible, None leaves all free."""
     if rank is None:
         return list(possible)
-    if isinstance(rank, bool) or not isinstance(rank, (int, Sequence)):
+    if isinstance(rank, (bool, str)) or not isinstance(rank, (Integral, Sequence)):
         raise TypeError(f"{name}: rank must be an int, a sequence of ints or None, got {rank!r}")
-    if isinstance(rank, int):
+    if isinstance(rank, Integral):
         if rank < 1:
             raise ValueError(f"{name}: rank must be at least 1, got {rank}")
-        return [min(rank, most) for most in possible]
+        return [min(int(rank), most) for most in possible]
     if len(rank) != len(possible):
         raise ValueError(
             f"{name}: rank needs one entry per {bond}, expected {len(possible)}, got {len(rank)} (rank={tuple(rank)})"
         )
     for k, (r, most) in enumerate(zip(rank, possible, strict=True)):
-        if isinstance(r, bool) or not isinstance(r, int):
+        if isinstance(r, bool) or not isinstance(r, Integral):
             raise TypeError(f"{name}: rank entries must be ints, got {r!r} for {bond} {k}")
         if not 1 <= r <= most:
             raise ValueError(
                 f"{name}: rank of {bond} {k} must be in 1..{most} (the most its unfolding can have), got {r}; "
                 "an int rank is a cap for all"
             )
-    return list(rank)
+    return [int(r) for r in rank]
 
 
 def positive_qr(

@@ -1,5 +1,6 @@
 """Truncated singular value decomposition."""
 
+from numbers import Integral
 from typing import Literal, overload
 
 import torch
@@ -43,9 +44,10 @@ def svd(
 ) -> LowRank | tuple[LowRank, float]:
     """Truncated SVD, `A ≈ U S V^T` with orthonormal U and conj(V) and a diagonal S in descending order.
 
-    With `tol`, `‖A - U S V^T‖ <= tol ‖A‖` and the rank is the smallest such one (exact and Gram methods; in float32
-    too). With `rank` the error is the least possible (Eckart-Young; "randomized": near it). With both the smaller
-    rank wins, and a TruncationWarning states the error if it binds.
+    With `tol`, `‖A - U S V^T‖ <= tol ‖A‖`, in float32 too, and the rank is the smallest whose tail fits (exact and Gram
+    methods); near the precision of the dtype room is left for rounding, so that a few more may be kept. With `rank`
+    the error is the least possible (Eckart-Young; "randomized": near it). With both the smaller rank wins, and a
+    TruncationWarning states the error if it binds.
     Cost: O(m n min(m, n)) exact and Gram (a GEMM and one small eigenproblem), O(m n rank) randomized.
 
     Args:
@@ -75,7 +77,7 @@ def svd(
         ((2, 2), 0.2182)
     """
     check_tensor("svd", matrix, min_order=2)
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral)):
         raise TypeError(f"svd: rank must be an int or None, got {rank!r}")
     if method == "randomized" and rank is None:
         raise ValueError("svd: method='randomized' needs a rank, got rank=None; use method='auto' with tol")

@@ -92,7 +92,10 @@ class Truncation:
         `target` is the tensor in the network's own shape where that differs from the input's.
         """
         net = net if self.scale == 1.0 else scale_network(net, self.scale)
-        net = net.to(self.x.dtype)
+        held = {t.untyped_storage().data_ptr() for t in (self.x, self.x if target is None else target)}
+        cores = [core.to(self.x.dtype) for core in net.cores]
+        # never a view of the caller's tensor: training the network in place must not change it
+        net = net.replace([core.clone() if core.untyped_storage().data_ptr() in held else core for core in cores])
         if not all(bool(torch.isfinite(core).all()) for core in net.cores):
             raise ValueError(
                 f"{self.name}: the cores do not fit {self.x.dtype}, got a tensor of norm {self.norm * self.scale:.3g}; "

@@ -69,8 +69,9 @@ def random_network(
 ) -> RandomNetwork:
     """Factory of fresh networks for `Linear(..., network=...)` and the other layers.
 
-    The dense weight it stands for has the root mean square of torch's initialisation of that layer, exactly and in
-    every draw, whatever the format and the ranks. Nothing of the dense size is allocated.
+    The dense tensor it stands for has the root mean square of torch's initialisation of that layer, exactly and in
+    every draw, whatever the format and the ranks (where modes exceed the widths: of the padded tensor). Nothing of the
+    dense size is allocated.
 
     Args:
         format: LowRank, Tucker, TT, TTMatrix, or another format with `random`.
@@ -92,7 +93,7 @@ def random_network(
     """
     return RandomNetwork(
         format,
-        rank if isinstance(rank, int) else tuple(rank),
+        tuple(rank) if isinstance(rank, Sequence) else int(rank),
         std,
         gain,
         order,

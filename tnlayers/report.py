@@ -303,7 +303,11 @@ _COLUMNS = (
     Column("ranks", "Rank of every bond of the network."),
     Column("even", "Largest rank at which this format has fewer parameters than the dense weight.", numeric=True),
     Column("dense", "Parameters before, weight and bias.", numeric=True),
-    Column("now", "Parameters now, weight and bias.", numeric=True),
+    Column(
+        "now",
+        "Parameters now, weight and bias; LowRank counts merged, r (out + in).",
+        numeric=True,
+    ),
     Column("ratio", "Parameters now, in percent of before.", numeric=True),
     Column("FLOPs", "FLOPs of one forward pass of one sample, in percent of before.", numeric=True),
     Column("error", "Relative Frobenius error of the weight.", numeric=True),
