@@ -17,7 +17,8 @@ from typing import Any
 
 from tnlayers.files import write_atomic
 from tnlayers.main_job.data import DataError
-from tnlayers.main_job.job import Event, JobConfig, JobResult, run
+from tnlayers.main_job.job import Event, JobConfig, run
+from tnlayers.main_job.result import JobResult
 from tnlayers.main_job.rows import SCRATCH, TENSORIZED, JobError, Summary, footnote, table
 
 RESULTS = Path(__file__).parent / "results"

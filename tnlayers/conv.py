@@ -13,8 +13,16 @@ from decompositions import Network
 from decompositions.formats.plan import bucket, extend
 from tnlayers.conv_plan import ConvPlan, ConvShape, ConvStep, conv_plans
 from tnlayers.init import default_std
-from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, run_recipe, spectral_bound
-from tnlayers.linear import copy_settings, unchanged_rng
+from tnlayers.layer import (
+    NetworkFactory,
+    NetworkLayer,
+    Recipe,
+    Shapes,
+    copy_settings,
+    run_recipe,
+    spectral_bound,
+    unchanged_rng,
+)
 
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 HINT_SIDE = 32

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from decompositions import Network
 from decompositions.formats.plan import BATCH, Plan, plan_path, run
-from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, run_recipe
-from tnlayers.linear import copy_settings, unchanged_rng
+from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
 
 class Embedding(NetworkLayer):

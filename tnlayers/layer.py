@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from math import prod, sqrt
 from typing import Any, NamedTuple
 
@@ -305,6 +306,23 @@ def spectral_bound(matrix: Tensor) -> float:
         return float(torch.linalg.vector_norm(matrix, dtype=torch.promote_types(matrix.dtype, torch.float64)))
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     return sqrt(max(0.0, float(torch.linalg.eigvalsh(gram(wide))[-1])))
+
+
+def unchanged_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Keep the global generators as they are while throw-away initial values are drawn."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def copy_settings(source: nn.Module, target: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Carry over the bias, the training flag, and which parts are frozen."""
+    if bias is not None:
+        with torch.no_grad():
+            target.bias.copy_(bias)  # type: ignore[operator]
+    for name, parameter in target.named_parameters():
+        frozen_by = bias if name == "bias" else weight
+        assert frozen_by is not None
+        parameter.requires_grad_(frozen_by.requires_grad)
+    target.train(source.training)
 
 
 def run_recipe(name: str, recipe: Recipe, weight: Tensor) -> Network:

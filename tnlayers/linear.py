@@ -1,6 +1,5 @@
 """Linear layer: `y = x W^T + b` with W a network."""
 
-from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from decompositions import Network
 from decompositions.formats.plan import run
 from tnlayers.init import default_std
-from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, run_recipe
+from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
 
 class Linear(NetworkLayer):
@@ -163,20 +162,3 @@ def dense_linear_weight(linear: nn.Module) -> Tensor:
     if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
         return weight.T
     raise TypeError(f"Linear.from_dense: expected a torch.nn.Linear or Conv1D, got {type(linear).__name__}")
-
-
-def unchanged_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Keep the global generators as they are while throw-away initial values are drawn."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def copy_settings(source: nn.Module, target: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Carry over the bias, the training flag, and which parts are frozen."""
-    if bias is not None:
-        with torch.no_grad():
-            target.bias.copy_(bias)  # type: ignore[operator]
-    for name, parameter in target.named_parameters():
-        frozen_by = bias if name == "bias" else weight
-        assert frozen_by is not None
-        parameter.requires_grad_(frozen_by.requires_grad)
-    target.train(source.training)

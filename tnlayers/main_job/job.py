@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,9 @@ from tnlayers.convert import tensorize
 from tnlayers.main_job.config import JobConfig, hardware_facts, settings_of
 from tnlayers.main_job.data import Dataset, load_data
 from tnlayers.main_job.nets import choose_recipes, dense_net, parameter_count, scratch_net
-from tnlayers.main_job.rows import DENSE, SCRATCH, TENSORIZED, VARIANTS, JobError, Row, RowStore, Summary, summarize
+from tnlayers.main_job.result import JobResult
+from tnlayers.main_job.results_page import write_outputs
+from tnlayers.main_job.rows import DENSE, SCRATCH, TENSORIZED, VARIANTS, JobError, Row, RowStore
 from tnlayers.main_job.training import INFERENCE_BATCH, Training, accuracy, flops_per_sample, inference_ms, train
 from tnlayers.surgery import network_layers
 
@@ -45,46 +46,6 @@ class Event:
 Watch = Callable[[Event], None]
 
 
-@dataclass(frozen=True)
-class JobResult:
-    """What `run` returns: every row, and where the files are.
-
-    Args:
-        rows: one a (network, variant, seed), in the order of the table.
-        settings: everything the numbers depend on, but for nets and seeds.
-        hardware: processor, threads, versions.
-        out: the folder.
-        trained: rows of this call; the others were found finished.
-        seconds: duration of this call.
-    """
-
-    rows: tuple[Row, ...]
-    settings: dict[str, Any]
-    hardware: dict[str, Any]
-    out: Path
-    trained: int
-    seconds: float
-
-    @property
-    def summaries(self) -> tuple[Summary, ...]:
-        """Mean and spread over the seeds, one a (network, variant)."""
-        return summarize(self.rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict that JSON can hold."""
-        return {
-            "kind": "tnlayers main job",
-            "settings": self.settings,
-            "hardware": self.hardware,
-            "summary": [asdict(summary) for summary in self.summaries],
-            "rows": [asdict(row) for row in self.rows],
-            "out": str(self.out),
-            "page": str(self.out / "index.html"),
-            "trained": self.trained,
-            "seconds": round(self.seconds, 3),
-        }
-
-
 def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
     """Train and compare; write rows, models, conversion reports, figures and the page `index.html` to `config.out`.
 
@@ -107,8 +68,6 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
         >>> [(row.net, row.variant) for row in result.rows]
         [('mlp', 'dense'), ('mlp', 'tensorized'), ('mlp', 'scratch')]
     """
-    from tnlayers.main_job.results_page import write_outputs
-
     start = time.perf_counter()
     watch = progress or (lambda event: None)
     before = torch.get_num_threads()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tnlayers.main_job.data import Dataset
-    from tnlayers.main_job.job import JobResult
+    from tnlayers.main_job.result import JobResult
 
 COLORS = {DENSE: MUTED, TENSORIZED: LINES[1], SCRATCH: LINES[0]}
 MARKS = {"mlp": ("s", 9.0), "cnn": ("o", 6.0)}
