@@ -34,7 +34,7 @@ class Embedding(NetworkLayer):
 
     Raises:
         ValueError: a refused option, an impossible padding_idx, a network that does not cover the table.
-        IndexError: a token out of range (checked in eager mode on the CPU).
+        IndexError: a token out of range (eager mode, CPU; a device assertion elsewhere, as in torch).
 
     Example:
         >>> import torch, tnlayers
@@ -148,8 +148,8 @@ class Embedding(NetworkLayer):
         """Look tokens up: any shape of int64 or int32 indices."""
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"Embedding: tokens must be int64 or int32, got {tokens.dtype}")
-        if not torch.compiler.is_compiling() and tokens.device.type == "cpu":
-            _check_range(tokens, self.num_embeddings)
+        if not torch.compiler.is_compiling():
+            _check_range(tokens, self.num_embeddings, padded=prod(self._row_modes) > self.num_embeddings)
         net = self.network
         flat = tokens.reshape(-1).long()
         plan = self._plan_for(flat.shape[0])
@@ -201,14 +201,17 @@ class Embedding(NetworkLayer):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._repr_network()}"
 
 
-def _check_range(tokens: Tensor, rows: int) -> None:
+def _check_range(tokens: Tensor, rows: int, padded: bool) -> None:
     """Padded tables have more rows than tokens: an index in between must not pass in silence."""
     unreadable = type(tokens) is not Tensor or torch._C._functorch.is_batchedtensor(tokens)  # fake tensors, vmap
-    if unreadable or tokens.numel() == 0:
+    if unreadable or tokens.numel() == 0 or tokens.is_meta:
         return
-    low, high = tokens.aminmax()
-    if int(low) < 0 or int(high) >= rows:
-        raise IndexError(f"Embedding: tokens must be in 0..{rows - 1}, got {int(low)}..{int(high)}")
+    if tokens.device.type == "cpu":
+        low, high = tokens.aminmax()
+        if int(low) < 0 or int(high) >= rows:
+            raise IndexError(f"Embedding: tokens must be in 0..{rows - 1}, got {int(low)}..{int(high)}")
+    elif padded:  # on a device without waiting for it, as torch's own index kernels do
+        torch._assert_async(((tokens >= 0) & (tokens < rows)).all())
 
 
 def gathered_legs(net: Network) -> list[tuple[str, ...]]:
