@@ -167,7 +167,15 @@ def test_inspect_refusals(tmp_path):
 
 def start(*arguments: str | Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "tnlayers.cli", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a suite started in the background inherits "SIGINT is ignored"; a terminal's child does not
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_process_exit_code_and_streams(tmp_path):
