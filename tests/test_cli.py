@@ -1,7 +1,6 @@
 """The command: exit codes, one line for user errors, one JSON document on stdout."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -166,16 +165,12 @@ def test_inspect_refusals(tmp_path):
 
 
 def start(*arguments: str | Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tnlayers.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a suite started in the background inherits "SIGINT is ignored"; a terminal's child does not
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    # a suite started in the background inherits "SIGINT is ignored"; a terminal's child does not
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tnlayers.cli import main; main()"
     )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_process_exit_code_and_streams(tmp_path):
