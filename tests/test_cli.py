@@ -1,6 +1,7 @@
 """The command: exit codes, one line for user errors, one JSON document on stdout."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
