@@ -182,8 +182,8 @@ class NetworkLayer(nn.Module):
         resized = network.ranks != self.network.ranks
         for parameter, core in zip(self.cores, network.cores, strict=True):
             resize_(parameter, core)
-        announce(self, list(self.cores), resized=resized)
         self._replan()
+        announce(self, list(self.cores), resized=resized)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the cores anew at the present ranks; the dense weight gets the standard deviation of torch's layer.
