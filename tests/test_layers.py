@@ -635,3 +635,33 @@ def test_forced_chain_plans_take_empty_batches_and_one_output_channel():
 def test_a_format_s_name_cannot_be_taken_over():
     with pytest.raises(TypeError, match="'TTMatrix' exists already"):
         type("TTMatrix", (Network,), {"__module__": "elsewhere"})
+
+
+def test_optimizers_resume_before_and_after_a_rank_change():
+    """Old moments never reach a step, wherever they come from; good ones are never lost."""
+
+    def step(layer, opt):
+        opt.zero_grad()
+        layer(torch.ones(2, 8)).square().sum().backward()
+        opt.step()
+
+    layer = tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=4))
+    opt = torch.optim.Adam(layer.parameters())
+    step(layer, opt)
+    layer.set_network(cut(layer.network.detach(), rank=2))
+    pair = copy.deepcopy((layer, opt))  # between the change and the step
+    state = copy.deepcopy((layer.state_dict(), opt.state_dict()))
+    fresh = tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=4))
+    resumed = torch.optim.Adam(fresh.parameters())
+    fresh.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    for one, other in ((layer, opt), pair, (fresh, resumed)):
+        with pytest.warns(tnlayers.RankChangeWarning, match="moments of"):
+            step(one, other)
+    again = torch.optim.Adam(layer.parameters())
+    again.load_state_dict(opt.state_dict())
+    step(layer, again)  # made after the change: its moments are good and stay
+    assert [int(again.state[p]["step"]) for p in layer.cores] == [2, 2, 2]
+    layer.load_state_dict(tnlayers.Linear(8, 8, network=tnlayers.random_network(LowRank, rank=3)).state_dict())
+    with pytest.warns(tnlayers.RankChangeWarning, match="moments of"):
+        step(layer, again)

@@ -15,7 +15,7 @@ from decompositions.formats.network import Labels, check_labels
 from decompositions.formats.plan import Plan, Step, bucket, plan_apply, plan_dense, run
 from decompositions.linalg import gram
 from tnlayers.init import RandomNetwork
-from tnlayers.rank_change import announce, remember_copy, resize_
+from tnlayers.rank_change import announce, remember_copy, resize_, watch
 
 Recipe = Callable[[Tensor], Any]
 """Dense weight -> Network (or the pair (Network, error) of `with_error=True`)."""
@@ -107,6 +107,8 @@ class NetworkLayer(nn.Module):
         self._structure = Structure.of(net)
         self._row_modes, self._col_modes = net.row_modes, net.col_modes  # ranks may change, modes may not
         self.register_load_state_dict_pre_hook(_adopt_ranks)
+        self.register_load_state_dict_post_hook(_watch_cores)  # assign=True makes new Parameters
+        watch(self.cores)
         self._replan()
 
     def _fit(self, net: Network) -> Network:
@@ -282,6 +284,10 @@ class NetworkLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        watch(self.cores)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkLayer":
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -343,6 +349,10 @@ def run_recipe(name: str, recipe: Recipe, weight: Tensor) -> Network:
     if not all(bool(torch.isfinite(core).all()) for core in net.cores):
         raise ValueError(f"{name}: a recipe must return finite cores, got NaN or infinity in {net!r}")
     return net
+
+
+def _watch_cores(module: NetworkLayer, incompatible: Any) -> None:
+    watch(module.cores)
 
 
 def _adopt_ranks(
