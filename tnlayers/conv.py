@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Inexact
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from decompositions import Network
 from decompositions.formats.plan import bucket, extend
@@ -19,6 +20,7 @@ from tnlayers.layer import (
     Recipe,
     Shapes,
     copy_settings,
+    probed,
     run_recipe,
     spectral_bound,
     unchanged_rng,
@@ -172,8 +174,17 @@ class _ConvNd(NetworkLayer):
             )
         )
 
-    def _make_plan(self, rows: Any) -> ConvPlan:
-        return self._plans_at(rows, self._hint_spatial)[0]
+    def alternatives(self, batch: int | None = None) -> tuple[ConvPlan, ...]:
+        """All plans considered for `batch` inputs of the size the stored plan was made for, best predicted first."""
+        return self._plans_at(batch or self._hint or 1024, self._hint_spatial)
+
+    def example_input(self, batch: int) -> Tensor:
+        """A random batch of the size the stored plan was made for."""
+        first = self.cores[0]
+        return torch.rand(batch, self.in_channels, *self._hint_spatial, device=first.device).to(first.dtype)
+
+    def _hint_sizes(self) -> tuple[int, ...]:
+        return self._hint_spatial
 
     def plan_for_shapes(self, seen: Shapes) -> None:
         """Make the stored plan for a call with these shapes, spatial sizes included."""
@@ -191,10 +202,15 @@ class _ConvNd(NetworkLayer):
         """The stored plan while tracing, else the one for the powers of two above this batch and these sizes."""
         if torch.compiler.is_compiling():
             return self._stored
-        key = (bucket(x.shape[0]), *map(bucket, x.shape[2:]))
+        if self._forced is not None:
+            return self._forced
+        sizes = tuple(x.shape[2:])
+        rows = bucket(x.shape[0])
+        key = (rows, *map(bucket, sizes))
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plans_at(key[0], key[1:])[0]
+            plan = probed.get(self._probe_key(rows)) if probed and sizes == self._hint_spatial else None
+            plan = self._plans[key] = plan or self._plans_at(rows, key[1:])[0]
             if self._hint is None and x.shape[0] > 0:
                 self._hint, self._hint_spatial, self._stored = x.shape[0], tuple(x.shape[2:]), plan
         return plan
@@ -211,7 +227,11 @@ class _ConvNd(NetworkLayer):
                 f"{type(self).__name__}: x must be ([batch,] channels, {axes}) with {self.in_channels} channels, "
                 f"got {tuple(x.shape)}"
             )
-        y = self._convolve(x if batched else x.unsqueeze(0))
+        x = x if batched else x.unsqueeze(0)
+        if self._recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = checkpoint(self._convolve, x, use_reentrant=False)
+        else:
+            y = self._convolve(x)
         return y if batched else y.squeeze(0)
 
     def _convolve(self, x: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class ConvPlan(NamedTuple):
     permute: tuple[int, ...]  # channel positions in the order of the rows, at the end
     flops: int
     bytes: int
+    kept: int = 0  # bytes of intermediate results that backward needs
 
     @property
     def calls(self) -> int:
@@ -80,9 +81,14 @@ class ConvPlan(NamedTuple):
         return len(self.steps) + max(1, len(self.chain))
 
     @property
-    def seconds(self) -> float:
+    def forward_seconds(self) -> float:
         """Predicted time of one forward pass, for comparison between plans only."""
         return self.calls * CALL_SECONDS + self.flops / FLOP_RATE + self.bytes / BYTE_RATE
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of forward and backward: two products of the same size for each one forward."""
+        return 3 * self.forward_seconds
 
 
 class ConvShape(NamedTuple):
@@ -202,7 +208,8 @@ def _merge_plan(
     flops = 2 * pixels * prod(weight_shape)
     channels = shape.groups * weight_shape[1]
     moved = shape.batch * prod(shape.spatial) * channels + pixels * weight_shape[0] + prod(weight_shape)
-    return ConvPlan("merge", dense.steps, (), (), (), (), dense.flops + flops, dense.bytes + itemsize * moved)
+    kept = itemsize * prod(weight_shape)
+    return ConvPlan("merge", dense.steps, (), (), (), (), dense.flops + flops, dense.bytes + itemsize * moved, kept)
 
 
 def _chain_plans(found: Alignment, shape: ConvShape, itemsize: int) -> list[ConvPlan]:
@@ -273,7 +280,8 @@ class _Search:
         start = self._start()
         pending = tuple(d not in self.kernel.values() for d in range(len(self.shape.spatial)))
         self.winner: ConvPlan | None = None
-        self._descend(start, tuple(range(len(self.operands))), (), pending, self.shape.spatial, self.flops, self.bytes)
+        everything = tuple(range(len(self.operands)))
+        self._descend(start, everything, (), pending, self.shape.spatial, self.flops, self.bytes, 0)
         return self.winner
 
     def _start(self) -> Labels:
@@ -288,6 +296,7 @@ class _Search:
         spatial: tuple[int, ...],
         flops: int,
         moved: int,
+        kept: int,
     ) -> None:
         if not left:
             if set(channels) != set(self.found.rows):
@@ -296,7 +305,7 @@ class _Search:
             if permute != tuple(range(len(permute))):
                 moved += 2 * self.itemsize * self.shape.batch * self._size(channels) * prod(spatial)
             sizes = tuple(self.sizes[label] for label in self._start())
-            plan = ConvPlan("chain", tuple(self.steps), chain, self.found.splits, sizes, permute, flops, moved)
+            plan = ConvPlan("chain", tuple(self.steps), chain, self.found.splits, sizes, permute, flops, moved, kept)
             if self.winner is None or plan.seconds < self.winner.seconds:
                 self.winner = plan
             return
@@ -306,10 +315,12 @@ class _Search:
             rest = tuple(j for j in left if j != k)
             step, after, flop, byte, now = self._step(k, channels, rest, pending, spatial)
             lower = (flops + flop) / FLOP_RATE + (moved + byte) / BYTE_RATE + (len(chain) + 1) * CALL_SECONDS
-            if self.winner is not None and lower >= self.winner.seconds:
+            if self.winner is not None and lower >= self.winner.forward_seconds:
                 continue
             done = tuple(False for _ in pending)
-            self._descend(after, rest, (*chain, step), done, now, flops + flop, moved + byte)
+            copied = step.free > 0 or step.order != tuple(range(len(step.order)))
+            held = self.itemsize * self.shape.batch * self._size(channels) * prod(spatial) if chain or copied else 0
+            self._descend(after, rest, (*chain, step), done, now, flops + flop, moved + byte, kept + held)
 
     def _step(
         self, k: int, channels: Labels, rest: tuple[int, ...], pending: tuple[bool, ...], spatial: tuple[int, ...]

@@ -8,6 +8,7 @@ from jaxtyping import Inexact, Int
 from torch import Tensor, nn
 
 from decompositions import Network
+from decompositions.formats.cost import rates_for
 from decompositions.formats.plan import BATCH, Plan, plan_path, run
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
@@ -134,15 +135,23 @@ class Embedding(NetworkLayer):
         rows = torch.arange(self.num_embeddings, device=table.device).unsqueeze(-1)
         return torch.where(torch.eq(rows, self.padding_idx), self.padding_vector, table)
 
-    def _make_plan(self, rows: int) -> Plan:
-        """Gather and contract for `rows` tokens, or ("merge") make the table and index it."""
-        net = self.network
+    def alternatives(self, batch: int | None = None) -> tuple[Plan, ...]:
+        """Gather and contract for `batch` tokens, or ("merge") make the table and index it; best predicted first."""
+        net, rows = self.network, batch or self._hint or 1024
         sizes = {**net.sizes, BATCH: rows}
         item = net.dtype.itemsize
         gathered = plan_path(gathered_legs(net), sizes, (BATCH, *net.cols), item)
         table = plan_path(net.legs, net.sizes, net.outside, item)
-        merged = table._replace(strategy="merge", bytes=table.bytes + 2 * item * rows * prod(net.col_modes))
-        return min((gathered, merged), key=lambda plan: plan.seconds)
+        read = item * rows * prod(net.col_modes)
+        seconds = table.seconds + 2 * read / rates_for(None).stream
+        merged = table._replace(
+            strategy="merge", bytes=table.bytes + 2 * read, forward_seconds=seconds, seconds=seconds
+        )
+        return tuple(sorted((gathered, merged), key=lambda plan: plan.seconds))
+
+    def example_input(self, batch: int) -> Tensor:
+        """Random tokens."""
+        return torch.randint(self.num_embeddings, (batch,), device=self.cores[0].device)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Inexact[Tensor, "*batch dim"]:
         """Look tokens up: any shape of int64 or int32 indices."""
