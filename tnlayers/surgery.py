@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from tnlayers.conv import Conv1d, Conv2d, Conv3d
 from tnlayers.embedding import Embedding
+from tnlayers.embedding_bag import EmbeddingBag
 from tnlayers.layer import NetworkLayer
 from tnlayers.linear import Linear
 
@@ -22,6 +23,7 @@ STAND_INS: dict[type[nn.Module], type[NetworkLayer]] = {
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
     nn.Embedding: Embedding,
+    nn.EmbeddingBag: EmbeddingBag,
 }
 """Which layer stands in for which module; another module type is one more row."""
 
