@@ -5,6 +5,9 @@ from tnlayers.checkpoint import save as save
 from tnlayers.conv import Conv1d as Conv1d
 from tnlayers.conv import Conv2d as Conv2d
 from tnlayers.conv import Conv3d as Conv3d
+from tnlayers.conv_transpose import ConvTranspose1d as ConvTranspose1d
+from tnlayers.conv_transpose import ConvTranspose2d as ConvTranspose2d
+from tnlayers.conv_transpose import ConvTranspose3d as ConvTranspose3d
 from tnlayers.convert import densify as densify
 from tnlayers.convert import summary as summary
 from tnlayers.convert import tensorize as tensorize

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tnlayers.conv import Conv1d, Conv2d, Conv3d
+from tnlayers.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from tnlayers.embedding import Embedding
 from tnlayers.embedding_bag import EmbeddingBag
 from tnlayers.layer import NetworkLayer
@@ -22,6 +23,9 @@ STAND_INS: dict[type[nn.Module], type[NetworkLayer]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
     nn.Embedding: Embedding,
     nn.EmbeddingBag: EmbeddingBag,
 }
