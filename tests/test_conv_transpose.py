@@ -138,7 +138,9 @@ def test_it_starts_like_torch_s():
     torch.manual_seed(0)
     dense = nn.ConvTranspose2d(32, 64, 3)
     layer = tnlayers.ConvTranspose2d(32, 64, 3, network=tnlayers.random_network(Tucker, rank=8))
-    assert float(layer.weight.detach().square().mean().sqrt()) == pytest.approx(float(dense.weight.detach().std()), rel=0.02)
+    assert float(layer.weight.detach().square().mean().sqrt()) == pytest.approx(
+        float(dense.weight.detach().std()), rel=0.02
+    )
     assert float(layer.bias.detach().abs().max()) <= (64 * 9) ** -0.5
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tnlayers.contraction_layers import FlatLinear, TensorRegression
 from tnlayers.conv import Conv1d, Conv2d, Conv3d
 from tnlayers.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from tnlayers.embedding import Embedding
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 STAND_INS: dict[type[nn.Module], type[NetworkLayer]] = {
     nn.Linear: Linear,
+    FlatLinear: TensorRegression,
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
