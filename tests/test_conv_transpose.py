@@ -1,5 +1,6 @@
 """Transposed convolutions against torch's: value, gradients, settings, every plan, output sizes, bad input."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -209,6 +210,37 @@ def test_ranks_change_and_gradcheck():
     )
     layer.set_network(cut(layer.network, rank=2))
     assert torch.autograd.gradcheck(layer, (torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True),))
+
+
+def test_a_decoder_and_a_bag_convert_and_come_back():
+    """Settings that peers lose (stride, padding, output_padding, groups, mode) survive the way there and back."""
+    model = nn.Sequential(
+        nn.EmbeddingBag(50, 32, mode="sum"),
+        nn.Unflatten(1, (8, 2, 2)),
+        nn.ConvTranspose2d(8, 12, 4, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+        nn.ConvTranspose2d(12, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+    ).double()
+    dense = copy.deepcopy(model)
+    tokens = torch.randint(0, 50, (3, 7))
+    policy = {nn.ConvTranspose2d: tucker2, nn.EmbeddingBag: svd}
+    report = tnlayers.tensorize(model, policy, skip_if_no_gain=False, example_input=tokens)
+    assert [row.status for row in report.rows] == ["converted"] * 3
+    assert torch.allclose(model(tokens), dense(tokens), atol=1e-11)
+    bag, first, second = report.rows
+    assert (bag.kind, bag.flops_dense) == ("EmbeddingBag", 7 * 32)
+    assert first.flops_dense == 2 * 8 * 12 * 16 * 2 * 2  # every input position meets the whole kernel
+    assert second.flops_dense == 2 * 12 * 3 * 9 * 4 * 4
+    assert all(row.error < 1e-14 and row.output_bound < 1e-12 for row in report.rows)
+    low = copy.deepcopy(dense)
+    rows = tnlayers.tensorize(
+        low, {nn.ConvTranspose2d: partial(tucker2, rank=2), nn.EmbeddingBag: partial(svd, rank=2)}
+    ).rows
+    assert all(row.params < row.params_dense and row.spectra for row in rows)
+    back = tnlayers.densify(model)
+    assert [type(a) for a in back] == [type(b) for b in dense]
+    assert [repr(a) for a in back] == [repr(b) for b in dense]
+    assert torch.allclose(back(tokens), dense(tokens), atol=1e-11)
 
 
 @pytest.mark.compile

@@ -85,7 +85,7 @@ def random_network(
         format: LowRank, Tucker, TT, TTMatrix, or another format with `random`.
         rank: a cap for every bond, or one entry a bond.
         std: root mean square of the entries of the weight; None is the layer's default, `1 / sqrt(3 fan_in)` for
-            Linear and Conv and 1 for Embedding, times `gain`.
+            Linear, Conv and the contraction layers and 1 for Embedding and EmbeddingBag, times `gain`.
         gain: factor on the default.
         order: number of modes a side where they are chosen (a matrix in Tucker, TT or TTMatrix).
         row_modes: modes of the out side; None chooses them (balanced; primes are padded).
