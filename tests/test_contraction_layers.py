@@ -169,7 +169,7 @@ def test_conversion_files_and_copies(tmp_path):
     assert torch.allclose(dense(x), wanted, atol=1e-5)
 
 
-def test_bad_input_is_refused_by_name():
+def test_bad_input_is_refused_by_name(unchecked):
     make = tnlayers.random_network(Tucker, rank=2)
     for modes in ((), (3, 0), 5, (2.0, 3)):
         with pytest.raises(ValueError, match="in_modes must be sizes"):

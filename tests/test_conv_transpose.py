@@ -182,7 +182,7 @@ def test_low_precision():
         assert layer(torch.randn(2, 8, 4, 4)).dtype == torch.bfloat16
 
 
-def test_bad_settings_and_input_are_refused_by_name():
+def test_bad_settings_and_input_are_refused_by_name(unchecked):
     make = tnlayers.random_network(LowRank, rank=2)
     for options, message in (
         ({"output_padding": 1}, "output_padding must be below stride or dilation"),

@@ -96,7 +96,7 @@ class ConvolutionLayer(NetworkLayer):
 
         Args:
             conv: the `torch.nn` convolution of the same dimension.
-            recipe: a callable dense kernel (out, in / groups, *kernel) -> Network.
+            recipe: a callable dense kernel, of torch's shape -> Network.
 
         Raises:
             TypeError: another module.
