@@ -8,7 +8,7 @@ from jaxtyping import Inexact
 from torch import Tensor, nn
 
 from decompositions import Network
-from decompositions.formats.plan import run
+from decompositions.formats.program import multiply
 from tnlayers.init import default_std
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
@@ -115,12 +115,13 @@ class Linear(NetworkLayer):
         batch, width, out = prod(batch_shape), prod(self._col_modes), prod(self._row_modes)
         if width > self.in_features:
             x = torch.nn.functional.pad(x, (0, width - self.in_features))
-        operands = (x.reshape(batch, *self._col_modes), *self.cores)
-        y = run(self._plan_for(batch).steps, operands).reshape(batch, out)
-        if out > self.out_features:
+        x = x.reshape(batch, *self._col_modes)
+        exact = out == self.out_features
+        y = multiply(self._plan_for(batch), x, list(self.cores), self.bias if exact else None).reshape(batch, out)
+        if not exact:
             y = y[:, : self.out_features]
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)  # under autocast y is in the low precision, as torch's is
+            if self.bias is not None:
+                y = y + self.bias.to(y.dtype)  # under autocast y is in the low precision, as torch's is
         return y.reshape(*batch_shape, self.out_features)
 
     def flops(self, batch: int = 1) -> int:
