@@ -11,7 +11,7 @@ from jaxtyping import Inexact
 from torch import Tensor, nn
 
 from decompositions import Network, TTMatrix, as_operator
-from decompositions.formats.plan import run
+from decompositions.formats.program import multiply
 from tnlayers.init import RandomNetwork, default_std, random_network
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
@@ -225,9 +225,7 @@ class TensorRegression(NetworkLayer):
             raise TypeError(f"{name}: x must have the dtype of the cores, expected {first.dtype}, got {x.dtype}")
         batch_shape = x.shape[: x.ndim - order]
         batch = prod(batch_shape)
-        y = run(self._plan_for(batch).steps, (x.reshape(batch, *self._col_modes), *self.cores))
-        if self.bias is not None:
-            y = y.reshape(batch, self.weight_shape[0]) + self.bias.to(y.dtype)  # low under autocast, as torch's is
+        y = multiply(self._plan_for(batch), x.reshape(batch, *self._col_modes), list(self.cores), self.bias)
         return y.reshape(batch_shape + self.out_modes)
 
     def flops(self, batch: int = 1) -> int:

@@ -8,6 +8,7 @@ from jaxtyping import Inexact, Int
 from torch import Tensor, nn
 
 from decompositions import Network
+from decompositions.formats.cost import rates_for
 from decompositions.formats.plan import BATCH, Plan, plan_path, run
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
@@ -176,10 +177,14 @@ class Embedding(TableLayer):
         net = self.network
         sizes = {**net.sizes, BATCH: rows}
         item = net.dtype.itemsize
-        gathered = plan_path(gathered_legs(net), sizes, (BATCH, *net.cols), item)
+        legs = gathered_legs(net)
+        gathered = plan_path(legs, sizes, (BATCH, *net.cols), item)
         table = plan_path(net.legs, net.sizes, net.outside, item)
-        merged = table._replace(strategy="merge", bytes=table.bytes + 2 * item * rows * prod(net.col_modes))
-        return min((gathered, merged), key=lambda plan: plan.seconds)
+        plans = (
+            reading(gathered, item * sum(prod(sizes[label] for label in leg) for leg in legs if BATCH in leg)),
+            reading(table._replace(strategy="merge"), 0, 2 * item * rows * prod(net.col_modes)),
+        )
+        return min(plans, key=lambda plan: plan.seconds)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Inexact[Tensor, "*batch dim"]:
         """Look tokens up: any shape of int64 or int32 indices."""
@@ -247,6 +252,19 @@ def gathered_legs(net: Network) -> list[tuple[str, ...]]:
         ((BATCH,) if rows.intersection(leg) else ()) + tuple(label for label in leg if label not in rows)
         for leg in net.legs
     ]
+
+
+def reading(plan: Plan, gathered: int, moved: int = 0, flops: int = 0) -> Plan:
+    """Add to a plan's contractions what lies around them, and predict forward and backward together.
+
+    Gathered slices are new memory in forward, and their gradients again in backward: both go at the rate of scattered
+    copies (that of page faults). `moved` bytes are read and written in order. Backward contracts twice as often.
+    """
+    rates = rates_for(None)
+    forward = plan.forward_seconds + gathered / rates.scatter + moved / rates.stream
+    seconds = 3 * plan.forward_seconds + 2 * gathered / rates.scatter + moved / rates.stream
+    total = plan.bytes + gathered + moved
+    return plan._replace(flops=plan.flops + flops, bytes=total, forward_seconds=forward, seconds=seconds)
 
 
 def gather(net: Network, flat: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from decompositions import Network
 from decompositions.formats.network import Labels
 from decompositions.formats.plan import BATCH, Plan, Step, bucket, plan_path, run
-from tnlayers.embedding import TableLayer, gather, gathered_legs, readable, rows_first
+from tnlayers.embedding import TableLayer, gather, gathered_legs, readable, reading, rows_first
 from tnlayers.layer import NetworkFactory, Recipe, Shapes
 
 MODES = ("sum", "mean", "max")
@@ -121,26 +121,24 @@ class EmbeddingBag(TableLayer):
 
         dense = plan_path(net.legs, sizes, net.outside, item)
         rows = plan_path(legs, per_token, (BATCH, *net.cols), item)
-        ways: list[tuple[str, tuple[int, ...], Labels, tuple[Plan, ...]]] = [
-            ("merge", (), net.cols, (dense,)),
-            ("rows", every, net.cols, (rows,)),
+        ways: list[tuple[str, tuple[int, ...], Labels, Plan, Plan | None]] = [
+            ("merge", (), net.cols, dense, None),
+            ("rows", every, net.cols, rows, None),
         ]
         if self.mode != "max":
             first = plan_path([legs[k] for k in carriers], per_token, (BATCH, *left), item)
             after = plan_path([(BATCH, *left), *(legs[k] for k in others)], per_bag, (BATCH, *net.cols), item)
-            ways.append(("sums", carriers, left, (first, after)))
+            ways.append(("sums", carriers, left, first, after))
         plans = []
-        for strategy, cores, labels, parts in ways:
+        for strategy, cores, labels, first, last in ways:
             width = prod(sizes[label] for label in labels)
-            reduced = parts[0].bytes + item * width * (2 * tokens + bags)
-            parts = (parts[0]._replace(flops=parts[0].flops + tokens * width, bytes=reduced), *parts[1:])
-            steps, after_steps = parts[0].steps, parts[1].steps if len(parts) > 1 else ()
-            flops, moved, seconds = (
-                sum(p.flops for p in parts),
-                sum(p.bytes for p in parts),
-                sum(p.seconds for p in parts),
-            )
-            plans.append(BagPlan(strategy, cores, steps, labels, others, after_steps, flops, moved, seconds))
+            fused = strategy == "merge" or (len(cores) == 1 and not first.steps)  # reduced where it lies
+            slices = 0 if fused else sum(prod(per_token[label] for label in legs[k]) for k in cores if k in carriers)
+            first = reading(first, item * slices, item * width * (2 * tokens + bags), tokens * width)
+            parts = [first] if last is None else [first, reading(last, 0)]
+            flops, moved = sum(part.flops for part in parts), sum(part.bytes for part in parts)
+            seconds, after_steps = sum(part.seconds for part in parts), () if last is None else last.steps
+            plans.append(BagPlan(strategy, cores, first.steps, labels, others, after_steps, flops, moved, seconds))
         return sorted(plans, key=lambda made: made.seconds)
 
     def _plan_for_bags(self, tokens: int, bags: int) -> BagPlan:
