@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tnlayers
-from decompositions import LowRank, TTMatrix, Tucker, calibrate, plan_apply, time_plans
+from decompositions import TT, LowRank, TTMatrix, Tucker, calibrate, plan_apply, time_plans
 from decompositions.formats import cost
 from decompositions.formats.cost import DEFAULT, cache_file, rates_for
 from decompositions.measure import merge_floor
@@ -147,6 +147,10 @@ LAYERS = {
     "conv": lambda: tnlayers.Conv2d(
         8, 8, 3, padding=1, network=tnlayers.random_network(Tucker, rank=(3, 3), modes=(0, 1))
     ),
+    "transposed": lambda: tnlayers.ConvTranspose1d(8, 4, 4, stride=2, network=tnlayers.random_network(TT, rank=3)),
+    "bag": lambda: tnlayers.EmbeddingBag(100, 16, mode="sum", network=tnlayers.random_network(TTMatrix, rank=3)),
+    "contraction": lambda: tnlayers.TensorContraction((4, 5), (3, 2)),
+    "regression": lambda: tnlayers.TensorRegression((4, 5), (3,), network=tnlayers.random_network(Tucker, rank=2)),
     "embedding": lambda: tnlayers.Embedding(100, 16, network=tnlayers.random_network(TTMatrix, rank=3)),
 }
 
@@ -224,7 +228,7 @@ def test_a_probed_plan_is_used_by_equal_layers(layer):
     torch.testing.assert_close(layer(x), y)
 
 
-@pytest.mark.parametrize("layer", ["linear", "conv"], indirect=True)
+@EACH
 def test_recomputing_keeps_less_and_changes_nothing(layer):
     layer.double()
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from decompositions import Network, as_operator, fill_random, numel, scale
 from decompositions import norm as network_norm
@@ -307,6 +308,12 @@ class NetworkLayer(nn.Module):
             if self._hint is None and rows > 0:
                 self._hint, self._stored = rows, plan
         return plan
+
+    def _recomputed(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Call `run(x)`; under memory="recompute" nothing but x is kept for backward."""
+        if self._recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return checkpoint(run, x, use_reentrant=False)
+        return run(x)
 
     def _dense(self) -> Tensor:
         """Dense tensor in the network's own modes, by the plan made outside traced code."""
