@@ -9,6 +9,10 @@ from tnlayers.convert import densify as densify
 from tnlayers.convert import summary as summary
 from tnlayers.convert import tensorize as tensorize
 from tnlayers.embedding import Embedding as Embedding
+from tnlayers.freeze import Freeze as Freeze
+from tnlayers.freeze import FreezeRow as FreezeRow
+from tnlayers.freeze import freeze as freeze
+from tnlayers.freeze import thaw as thaw
 from tnlayers.init import random_network as random_network
 from tnlayers.layer import NetworkLayer as NetworkLayer
 from tnlayers.linear import Linear as Linear

@@ -10,8 +10,9 @@ from jaxtyping import Inexact
 from torch import Tensor, nn
 
 from decompositions import Network
-from decompositions.formats.plan import bucket, extend
+from decompositions.formats.plan import bucket, extend, plan_dense
 from tnlayers.conv_plan import ConvPlan, ConvShape, ConvStep, conv_plans
+from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.init import default_std
 from tnlayers.layer import (
     NetworkFactory,
@@ -160,7 +161,10 @@ class _ConvNd(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense kernel (out, in / groups, *kernel), differentiable with respect to the cores."""
-        matrix = self._dense().reshape(prod(self._row_modes), -1)
+        return self._shaped(self._dense())
+
+    def _shaped(self, dense: Tensor) -> Tensor:
+        matrix = dense.reshape(prod(self._row_modes), -1)
         return matrix[: self.out_channels].reshape(self.weight_shape)
 
     def out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
@@ -215,7 +219,8 @@ class _ConvNd(NetworkLayer):
         return y if batched else y.squeeze(0)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        plan = self._conv_plan(x)
+        kernel = frozen_weight(self)
+        plan = self._conv_plan(x) if kernel is None else None
         padding = tuple(before for before, _ in self._pads)
         uneven = any(before != after for before, after in self._pads)
         if self.padding_mode != "zeros" or uneven:
@@ -223,8 +228,9 @@ class _ConvNd(NetworkLayer):
             x = F.pad(x, widths, mode=PADDING_MODES[self.padding_mode])
             padding = (0,) * self.spatial_dims
         conv = type(self)._conv
-        if plan.strategy == "merge":
-            return conv(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        if plan is None or plan.strategy == "merge":
+            kernel = self.weight if kernel is None else kernel
+            return conv(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
         return self._run_chain(plan, x, padding)
 
     def _run_chain(self, plan: ConvPlan, x: Tensor, padding: tuple[int, ...]) -> Tensor:
@@ -282,6 +288,17 @@ class _ConvNd(NetworkLayer):
         if step.free:
             y = y.reshape(batch, prod(free) * prod(kept) * prod(new), *y.shape[2:])
         return y, [*free, *kept, *new]
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """The dense kernel, at the spatial sizes of the stored plan."""
+        plans = self._plans_at(bucket(batch or self._hint or 1024), self._hint_spatial)
+        merged = next(plan for plan in plans if plan.strategy == "merge").seconds
+        making = plan_dense(self.network).seconds  # what the merged plan spends on cores alone, at every call
+        form = Form("dense", max(merged - making, 0.0), self.cores[0].itemsize * prod(self.weight_shape))
+        return Forms(plans[0].seconds, (form,))
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        return self._shaped(merge(self.network, None)[0]).contiguous(), None
 
     def flops(self, batch: int = 1, *spatial: int) -> int:
         """Multiply-adds times two of one forward pass over `batch` inputs of the given size (default: 32 a side)."""

@@ -4,11 +4,13 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Inexact, Int
 from torch import Tensor, nn
 
 from decompositions import Network
-from decompositions.formats.plan import BATCH, Plan, plan_path, run
+from decompositions.formats.plan import BATCH, Plan, bucket, plan_path, run
+from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
 
@@ -45,6 +47,7 @@ class Embedding(NetworkLayer):
     """
 
     padding_vector: Tensor | None
+    _frozen_under_budget_only = True
 
     def __init__(
         self,
@@ -127,12 +130,14 @@ class Embedding(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense table (num_embeddings, embedding_dim), differentiable with respect to the cores."""
-        table = self._dense().reshape(prod(self._row_modes), -1)
-        table = table[: self.num_embeddings, : self.embedding_dim]
+        table = self._shaped(self._dense())
         if self.padding_vector is None or self.padding_idx is None:
             return table
         rows = torch.arange(self.num_embeddings, device=table.device).unsqueeze(-1)
         return torch.where(torch.eq(rows, self.padding_idx), self.padding_vector, table)
+
+    def _shaped(self, dense: Tensor) -> Tensor:
+        return dense.reshape(prod(self._row_modes), -1)[: self.num_embeddings, : self.embedding_dim]
 
     def _make_plan(self, rows: int) -> Plan:
         """Gather and contract for `rows` tokens, or ("merge") make the table and index it."""
@@ -152,8 +157,9 @@ class Embedding(NetworkLayer):
             _check_range(tokens, self.num_embeddings, padded=prod(self._row_modes) > self.num_embeddings)
         net = self.network
         flat = tokens.reshape(-1).long()
-        plan = self._plan_for(flat.shape[0])
-        if plan.strategy == "merge":
+        if (table := frozen_weight(self)) is not None:
+            y = F.embedding(flat, table)
+        elif (plan := self._plan_for(flat.shape[0])).strategy == "merge":
             y = self._dense().reshape(prod(self._row_modes), -1).index_select(0, flat)
         else:
             y = run(plan.steps, _gather(net, flat)).reshape(flat.shape[0], prod(self._col_modes))
@@ -161,6 +167,16 @@ class Embedding(NetworkLayer):
         if self.padding_vector is not None and self.padding_idx is not None:
             y = torch.where(torch.eq(flat, self.padding_idx).unsqueeze(-1), self.padding_vector, y)
         return y.reshape(*tokens.shape, self.embedding_dim)
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """The whole table; a look-up reads and writes one row a token."""
+        rows, item = batch or self._hint or 1024, self.cores[0].itemsize
+        read = plan_path(((BATCH, "j"),), {BATCH: rows, "j": self.embedding_dim}, ("j", BATCH), item)
+        form = Form("dense", read.seconds, item * prod(self.weight_shape))
+        return Forms(self._make_plan(bucket(rows)).seconds, (form,))
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        return self._shaped(merge(self.network, None)[0]).contiguous(), None
 
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of looking up `batch` tokens."""

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from math import prod, sqrt
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from decompositions import norm as network_norm
 from decompositions.formats.network import Labels, check_labels
 from decompositions.formats.plan import Plan, Step, bucket, plan_apply, plan_dense, run
 from decompositions.linalg import gram
+from tnlayers.frozen import BUFFERS, Form, Forms, drop
 from tnlayers.init import RandomNetwork
 from tnlayers.rank_change import announce, remember_copy, resize_, watch
 
@@ -22,6 +23,9 @@ Recipe = Callable[[Tensor], Any]
 
 NetworkFactory = Callable[[tuple[int, ...], torch.dtype, torch.device], Network]
 """(shape of the weight, dtype, device) -> Network: makes a fresh weight without allocating the dense one."""
+
+
+T = TypeVar("T", bound="NetworkLayer")
 
 
 class Structure(NamedTuple):
@@ -63,6 +67,8 @@ class NetworkLayer(nn.Module):
     weight_shape: tuple[int, ...]
     bias: nn.Parameter | None
     _dense_steps: tuple[Step, ...]
+    _frozen_from: tuple[nn.Parameter, ...]
+    _frozen_under_budget_only = False  # whether `freeze` needs max_bytes to merge this kind of layer
 
     def _start(
         self,
@@ -106,6 +112,9 @@ class NetworkLayer(nn.Module):
         self.cores = nn.ParameterList([nn.Parameter(core.detach().contiguous().clone()) for core in net.cores])
         self._structure = Structure.of(net)
         self._row_modes, self._col_modes = net.row_modes, net.col_modes  # ranks may change, modes may not
+        for buffer in BUFFERS:
+            self.register_buffer(buffer, None, persistent=False)
+        self._frozen_from = ()
         self.register_load_state_dict_pre_hook(_adopt_ranks)
         self.register_load_state_dict_post_hook(_watch_cores)  # assign=True makes new Parameters
         watch(self.cores)
@@ -181,6 +190,7 @@ class NetworkLayer(nn.Module):
             )
         if not all(bool(torch.isfinite(core).all()) for core in network.cores if not core.is_meta):
             raise ValueError(f"{name}.set_network: cores must be finite, got NaN or infinity in {network!r}")
+        drop(self)
         resized = network.ranks != self.network.ranks
         for parameter, core in zip(self.cores, network.cores, strict=True):
             resize_(parameter, core)
@@ -193,6 +203,7 @@ class NetworkLayer(nn.Module):
         Everything else a layer owns (bias, padding vector) is reset too, so that a model made on the meta device and
         moved with `to_empty` holds no uninitialised memory afterwards.
         """
+        drop(self)
         first = self.cores[0]
         fresh = fill_random(
             self.network.detach(), std=self._std, generator=generator, dtype=first.dtype, device=first.device
@@ -243,6 +254,19 @@ class NetworkLayer(nn.Module):
         """Dense tensor in the network's own modes, by the plan made outside traced code."""
         return run(self._dense_steps, list(self.cores))
 
+    @property
+    def frozen(self) -> bool:
+        """Whether `tnlayers.freeze` has merged this layer's weight."""
+        return self._buffers["frozen_weight"] is not None
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """Ways to freeze this layer for `batch` rows; a kind of layer that has none is left as it is."""
+        return Forms(0.0, ())
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        """The merged tensors of one of `_frozen_forms`, of torch's shapes and contiguous."""
+        raise TypeError("NetworkLayer._merge: expected a layer, got the base")
+
     def numel(self) -> int:
         """Parameters of the weight, as its format counts them."""
         return numel(self.network)
@@ -272,6 +296,7 @@ class NetworkLayer(nn.Module):
         raise TypeError("NetworkLayer.to_dense_module: expected a layer, got the base")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NetworkLayer":
+        drop(self)
         result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
         self._replan()
         return result
@@ -283,6 +308,17 @@ class NetworkLayer(nn.Module):
                 "use set_network, or tensorize the dense model after tying its weights"
             )
         super().__setattr__(name, value)
+
+    def train(self: T, mode: bool = True) -> T:
+        """Set the mode as torch does; training mode drops what `tnlayers.freeze` merged."""
+        if mode:
+            drop(self)
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: cores and settings, nothing that `tnlayers.freeze` merged."""
+        buffers = {name: None if name in BUFFERS else buffer for name, buffer in self._buffers.items()}
+        return {**self.__dict__, "_buffers": buffers, "_frozen_from": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -366,6 +402,7 @@ def _adopt_ranks(
     error_msgs: list[str],
 ) -> None:
     """Resize the cores to the ranks found in a state dict, so that loading works across ranks."""
+    drop(module)
     found = [state_dict.get(f"{prefix}cores.{k}") for k in range(len(module.cores))]
     if any(core is None for core in found):
         if f"{prefix}weight" in state_dict:
