@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from tnlayers.frozen import Form, drop
 from tnlayers.layer import NetworkLayer
 from tnlayers.page import Cell, Column, compact, number, text_table
-from tnlayers.surgery import network_layers, sites
+from tnlayers.surgery import network_layers, sites, weight_key
 
-GAIN = 1.0
-"""A merged weight must be predicted this many times faster than the layer as it is."""
+DOUBT = 1.5
+"""A layer is left as it is where it is predicted this many times faster: many small steps cost more than is predicted,
+and a merged weight costs memory only."""
 
 
 class FreezeRow(NamedTuple):
@@ -196,7 +197,7 @@ def _choose(
     for position, layer in enumerate(layers):
         live, ways = layer._frozen_forms(batch)
         lives[id(layer)] = live
-        faster = sorted((way for way in ways if GAIN * way.seconds <= live), key=lambda way: way.seconds)
+        faster = sorted((way for way in ways if way.seconds <= DOUBT * live), key=lambda way: way.seconds)
         if len(layer.cores._parameters) != len(layer.cores):
             reasons[id(layer)] = "its cores are computed (torch.nn.utils.parametrize); remove_parametrizations first"
         elif not ways:
@@ -207,7 +208,7 @@ def _choose(
         elif max_bytes is None and layer._frozen_under_budget_only:
             reasons[id(layer)] = f"its table takes {compact(faster[0].bytes)} bytes; give max_bytes to have it merged"
         else:
-            rate = (live - faster[0].seconds) / max(1, faster[0].bytes)
+            rate = (DOUBT * live - faster[0].seconds) / max(1, faster[0].bytes)
             wanted.append((-rate, position, layer, faster))
     chosen: dict[int, Form] = {}
     paid: set[Any] = set()
@@ -221,17 +222,15 @@ def _choose(
                 spent += price
                 break
         else:
-            reasons[id(layer)] = (
-                f"max_bytes: needs {compact(min(form.bytes for form in faster))} bytes, {compact(max_bytes - spent)} left"
-                if max_bytes is not None
-                else ""
-            )
+            assert max_bytes is not None
+            least = min(form.bytes for form in faster)
+            reasons[id(layer)] = f"max_bytes: it needs {compact(least)} bytes, {compact(max_bytes - spent)} are left"
     return chosen, reasons, lives
 
 
 def _key(layer: NetworkLayer, form: Form) -> Any:
     """What two layers that can share one buffer have in common."""
-    return (*map(id, layer.cores), layer.weight_shape, form.cut)
+    return (*weight_key(layer), form.cut)
 
 
 def _bytes(model: nn.Module) -> int:

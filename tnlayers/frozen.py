@@ -127,7 +127,8 @@ def serves(layer: "NetworkLayer") -> bool:
     Raises:
         RuntimeError: a core requires grad while grad mode is on.
     """
-    held, own = layer.cores._parameters, layer._frozen_from
+    held: Any = layer._modules["cores"]._parameters  # type: ignore[union-attr]  # not by attribute, which costs as much as the rest of this
+    own = layer._frozen_from
     if (len(held) != len(own) or not all(map(is_, held.values(), own))) and not torch.compiler.is_exporting():
         return False
     if torch.is_grad_enabled():
