@@ -81,8 +81,11 @@ class Embedding(NetworkLayer):
         self.bias = None
         self._start((num_embeddings, embedding_dim), network, recipe, dtype, device, 1.0)
         first = self.cores[0]
-        vector = torch.zeros(embedding_dim, dtype=first.dtype, device=first.device)
-        self.register_buffer("padding_vector", None if padding_idx is None else vector)
+        if padding_idx is None:
+            self.padding_vector = None  # no buffer: torch.export miscounts the buffers after one that is None
+        else:
+            vector = torch.zeros(embedding_dim, dtype=first.dtype, device=first.device)
+            self.register_buffer("padding_vector", vector)
 
     @classmethod
     def from_dense(cls, embedding: nn.Module, recipe: Recipe) -> "Embedding":

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tnlayers.frozen import Form, drop
+from tnlayers.frozen import BUFFERS, Form, drop, install
 from tnlayers.layer import NetworkLayer
 from tnlayers.page import Cell, Column, compact, number, text_table
 from tnlayers.surgery import network_layers, sites, weight_key
@@ -162,9 +162,7 @@ def freeze(model: nn.Module, max_bytes: int | None = None, batch: int | None = N
             rows.append(FreezeRow(name, kind, "left", reasons[id(layer)], 0, live, live))
             continue
         key = _key(layer, form)
-        layer._frozen_from = tuple(layer.cores._parameters.values())  # type: ignore[assignment]
-        layer._buffers["frozen_inner"] = made[key][1]
-        layer._buffers["frozen_weight"] = made[key][0]
+        install(layer, *made[key])
         rows.append(FreezeRow(name, kind, form.kind, "", 0 if key in counted else form.bytes, live, form.seconds))
         counted.add(key)
     return Freeze(tuple(rows), fresh, before, before + sum(row.bytes for row in rows))
@@ -235,7 +233,7 @@ def _key(layer: NetworkLayer, form: Form) -> Any:
 
 def _bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once, without those that freezing made."""
-    merged = {id(layer._buffers[name]) for _, layer in network_layers(model) for name in ("frozen_weight", "frozen_inner")}
+    merged = {id(layer._buffers.get(name)) for _, layer in network_layers(model) for name in BUFFERS}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in merged}
     return sum(
         t.numel() * t.itemsize for t in tensors.values() if not isinstance(t, nn.parameter.UninitializedTensorMixin)

@@ -20,8 +20,8 @@ from decompositions.formats.plan import BATCH, plan_path, run
 if TYPE_CHECKING:
     from tnlayers.layer import NetworkLayer
 
-BUFFERS = ("frozen_weight", "frozen_inner")
-"""Non-persistent buffers of every layer; None while it is not frozen."""
+BUFFERS = ("frozen_inner", "frozen_weight")
+"""Non-persistent buffers of a frozen layer (the first only where the weight is kept as a product of two matrices)."""
 
 FREE_CORES = 8
 """Cores without outside labels up to which every cut between columns and rows is tried."""
@@ -111,10 +111,20 @@ def _contract(net: Network, members: tuple[int, ...], result: Labels) -> Tensor:
     return run(plan.steps, [net.cores[k] for k in members])
 
 
+def install(layer: "NetworkLayer", weight: Tensor, inner: Tensor | None) -> None:
+    """Let a layer hold merged tensors, instead of earlier ones, and remember what cores they stand for."""
+    drop(layer)
+    layer._frozen_from = tuple(layer.cores._parameters.values())  # type: ignore[assignment]
+    if inner is not None:
+        layer.register_buffer("frozen_inner", inner, persistent=False)
+    layer.register_buffer("frozen_weight", weight, persistent=False)
+
+
 def drop(layer: "NetworkLayer") -> None:
     """Let go of the merged tensors; no-op on a layer that is not frozen."""
-    for name in BUFFERS:
-        layer._buffers[name] = None
+    for name in reversed(BUFFERS):  # the weight is last to come and first to go: no call sees half
+        layer._buffers.pop(name, None)
+        layer._non_persistent_buffers_set.discard(name)
     layer._frozen_from = ()
 
 
@@ -144,13 +154,14 @@ def serves(layer: "NetworkLayer") -> bool:
 
 def frozen_weight(layer: "NetworkLayer") -> Tensor | None:
     """The merged dense weight, None if the layer is not frozen or this call uses other cores."""
-    weight = layer._buffers["frozen_weight"]
+    weight = layer._buffers.get("frozen_weight")
     return weight if weight is not None and serves(layer) else None
 
 
 def frozen_linear(layer: Any, x: Tensor) -> Tensor | None:
     """`x W^T + b` with the merged weight: torch's own layer, or two where the weight is kept as a product."""
-    weight, inner = layer._buffers["frozen_weight"], layer._buffers["frozen_inner"]
+    buffers = layer._buffers
+    inner, weight = buffers.get("frozen_inner"), buffers.get("frozen_weight")
     if weight is None or not serves(layer):
         return None
     if inner is not None:

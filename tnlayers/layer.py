@@ -112,8 +112,6 @@ class NetworkLayer(nn.Module):
         self.cores = nn.ParameterList([nn.Parameter(core.detach().contiguous().clone()) for core in net.cores])
         self._structure = Structure.of(net)
         self._row_modes, self._col_modes = net.row_modes, net.col_modes  # ranks may change, modes may not
-        for buffer in BUFFERS:
-            self.register_buffer(buffer, None, persistent=False)
         self._frozen_from = ()
         self.register_load_state_dict_pre_hook(_adopt_ranks)
         self.register_load_state_dict_post_hook(_watch_cores)  # assign=True makes new Parameters
@@ -257,7 +255,7 @@ class NetworkLayer(nn.Module):
     @property
     def frozen(self) -> bool:
         """Whether `tnlayers.freeze` has merged this layer's weight."""
-        return self._buffers["frozen_weight"] is not None
+        return "frozen_weight" in self._buffers
 
     def _frozen_forms(self, batch: int | None) -> Forms:
         """Ways to freeze this layer for `batch` rows; a kind of layer that has none is left as it is."""
@@ -317,8 +315,9 @@ class NetworkLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: cores and settings, nothing that `tnlayers.freeze` merged."""
-        buffers = {name: None if name in BUFFERS else buffer for name, buffer in self._buffers.items()}
-        return {**self.__dict__, "_buffers": buffers, "_frozen_from": ()}
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in BUFFERS}
+        plain = {"_buffers": buffers, "_non_persistent_buffers_set": self._non_persistent_buffers_set - set(BUFFERS)}
+        return {**self.__dict__, **plain, "_frozen_from": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
