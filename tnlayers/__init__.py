@@ -2,6 +2,7 @@
 
 from tnlayers.checkpoint import load as load
 from tnlayers.checkpoint import save as save
+from tnlayers.compile import compile as compile
 from tnlayers.conv import Conv1d as Conv1d
 from tnlayers.conv import Conv2d as Conv2d
 from tnlayers.conv import Conv3d as Conv3d

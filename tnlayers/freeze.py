@@ -3,6 +3,7 @@
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tnlayers.frozen import BUFFERS, Form, drop, install
@@ -67,8 +68,8 @@ class Freeze:
     def __str__(self) -> str:
         frozen = sum(row.form != "left" for row in self.rows)
         head = (
-            f"freeze: {frozen} of {len(self.rows)} layers frozen, bytes {compact(self.bytes_before)} -> "
-            f"{compact(self.bytes_after)}"
+            f"freeze: {frozen} of {len(self.rows)} layers frozen, bytes {_size(self.bytes_before)} -> "
+            f"{_size(self.bytes_after)}"
         )
         if not self.rows:
             return f"{head}\nno layer of this model is a network"
@@ -87,9 +88,13 @@ _COLUMNS = (
 )
 
 
+def _size(count: int) -> str:
+    return compact(float(count))
+
+
 def _cells(row: FreezeRow) -> list[Cell]:
     times = [number(1e3 * seconds) for seconds in (row.seconds_live, row.seconds)]
-    texts = (row.name or "(model)", row.kind, row.form, compact(row.bytes), *times)
+    texts = (row.name or "(model)", row.kind, row.form, _size(row.bytes), *times)
     return [Cell(text) for text in texts]
 
 
@@ -147,10 +152,11 @@ def freeze(model: nn.Module, max_bytes: int | None = None, batch: int | None = N
         )
     chosen, reasons, lives = _choose([layer for _, layer in layers], max_bytes, batch)
     made: dict[Any, tuple[Tensor, Tensor | None]] = {}
-    for _, layer in layers:
-        form = chosen.get(id(layer))
-        if form is not None and _key(layer, form) not in made:
-            made[_key(layer, form)] = layer._merge(form)
+    with torch.inference_mode(False), torch.no_grad():  # inference tensors would not serve other calls
+        for _, layer in layers:
+            form = chosen.get(id(layer))
+            if form is not None and _key(layer, form) not in made:
+                made[_key(layer, form)] = layer._merge(form)
     before = _bytes(model)
     fresh = [layer for _, layer in layers if not layer.frozen and id(layer) in chosen]
     rows, counted = [], set()
@@ -204,7 +210,7 @@ def _choose(
             best = min(way.seconds for way in ways)
             reasons[id(layer)] = f"its plan is faster as it is, predicted {live * 1e3:.3g} ms to {best * 1e3:.3g} ms"
         elif max_bytes is None and layer._frozen_under_budget_only:
-            reasons[id(layer)] = f"its table takes {compact(faster[0].bytes)} bytes; give max_bytes to have it merged"
+            reasons[id(layer)] = f"its table takes {_size(faster[0].bytes)} bytes; give max_bytes to have it merged"
         else:
             rate = (DOUBT * live - faster[0].seconds) / max(1, faster[0].bytes)
             wanted.append((-rate, position, layer, faster))
@@ -222,7 +228,7 @@ def _choose(
         else:
             assert max_bytes is not None
             least = min(form.bytes for form in faster)
-            reasons[id(layer)] = f"max_bytes: it needs {compact(least)} bytes, {compact(max_bytes - spent)} are left"
+            reasons[id(layer)] = f"max_bytes: it needs {_size(least)} bytes, {_size(max_bytes - spent)} are left"
     return chosen, reasons, lives
 
 
@@ -235,6 +241,4 @@ def _bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once, without those that freezing made."""
     merged = {id(layer._buffers.get(name)) for _, layer in network_layers(model) for name in BUFFERS}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in merged}
-    return sum(
-        t.numel() * t.itemsize for t in tensors.values() if not isinstance(t, nn.parameter.UninitializedTensorMixin)
-    )
+    return sum(t.numel() * t.itemsize for t in tensors.values() if not nn.parameter.is_lazy(t))

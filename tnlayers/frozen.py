@@ -4,6 +4,8 @@
 here looks at versions or addresses of tensors: the buffers stand for the very core Parameters they were made from.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 from math import prod
 from operator import is_
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decompositions import Network, to_dense
+from decompositions import Network
 from decompositions.formats.network import Labels
 from decompositions.formats.plan import BATCH, plan_path, run
 
@@ -97,24 +99,28 @@ def merge(net: Network, cut: Cut | None) -> tuple[Tensor, Tensor | None]:
     """
     dtype = net.dtype
     precise = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(net.device.type, enabled=False):
+    device = net.device.type
+    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), exact:
         net = net.detach().to(precise)
         if cut is None:
-            return to_dense(net).to(dtype), None
+            return _contract(net, range(len(net.cores)), net.outside).reshape(net.shape).to(dtype), None
         weight = _contract(net, cut.outer, (*net.rows, *cut.bonds)).reshape(prod(net.row_modes), cut.rank)
         inner = _contract(net, cut.inner, (*cut.bonds, *net.cols)).reshape(cut.rank, prod(net.col_modes))
         return weight.to(dtype), inner.to(dtype)
 
 
-def _contract(net: Network, members: tuple[int, ...], result: Labels) -> Tensor:
+def _contract(net: Network, members: Sequence[int], result: Labels) -> Tensor:
+    """Contract some cores to contiguous memory of its own: a lone core must not be aliased, it may change in place."""
     plan = plan_path([net.legs[k] for k in members], net.sizes, result, net.dtype.itemsize)
-    return run(plan.steps, [net.cores[k] for k in members])
+    made = run(plan.steps, [net.cores[k] for k in members])
+    return made.clone(memory_format=torch.contiguous_format) if len(members) == 1 else made.contiguous()
 
 
 def install(layer: "NetworkLayer", weight: Tensor, inner: Tensor | None) -> None:
     """Let a layer hold merged tensors, instead of earlier ones, and remember what cores they stand for."""
     drop(layer)
-    layer._frozen_from = tuple(layer.cores._parameters.values())  # type: ignore[assignment]
+    layer._frozen_from = tuple(layer.cores._parameters.values())
     if inner is not None:
         layer.register_buffer("frozen_inner", inner, persistent=False)
     layer.register_buffer("frozen_weight", weight, persistent=False)

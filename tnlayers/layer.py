@@ -67,7 +67,8 @@ class NetworkLayer(nn.Module):
     weight_shape: tuple[int, ...]
     bias: nn.Parameter | None
     _dense_steps: tuple[Step, ...]
-    _frozen_from: tuple[nn.Parameter, ...]
+    _frozen_from: tuple[nn.Parameter | None, ...]
+    _pinned = False  # whether changes of ranks leave the stored plan as it is
     _frozen_under_budget_only = False  # whether `freeze` needs max_bytes to merge this kind of layer
 
     def _start(
@@ -224,14 +225,24 @@ class NetworkLayer(nn.Module):
         the first batch that an eager call brings.
         """
         if batch is not None:
-            self._hint = batch
+            pinned, self._pinned, self._hint = self._pinned, False, batch
             self._replan()
+            self._pinned = pinned
         return self._stored
+
+    def pin_plan(self) -> None:
+        """Keep the stored plan from now on, whatever the ranks: its steps name labels, not sizes.
+
+        What `tnlayers.compile` asks for, as another plan is another program; `plan(batch=)` still makes another one.
+        """
+        self._pinned = True
+        self._hint = 1024 if self._hint is None else self._hint  # nor does the first eager call choose another
 
     def _replan(self) -> None:
         self._plans.clear()
-        self._dense_steps = plan_dense(self.network).steps
-        self._stored = self._make_plan(bucket(1024 if self._hint is None else self._hint))
+        if not self._pinned:
+            self._dense_steps = plan_dense(self.network).steps
+            self._stored = self._make_plan(bucket(1024 if self._hint is None else self._hint))
 
     def _make_plan(self, rows: int) -> Any:
         return plan_apply(self.network, rows)[0]
