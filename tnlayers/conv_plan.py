@@ -14,7 +14,12 @@ from math import prod
 from typing import NamedTuple
 
 from decompositions.formats.network import Labels
-from decompositions.formats.plan import BYTE_RATE, CALL_SECONDS, FLOP_RATE, Sizes, Step, plan_path
+from decompositions.formats.plan import Sizes, Step, plan_path
+
+# Rough constants of one CPU class; only their ratios matter for the choice.
+CALL_SECONDS = 13e-6
+FLOP_RATE = 300e9
+BYTE_RATE = 25e9
 
 GROUP = "@g"
 MAX_SEARCH = 6

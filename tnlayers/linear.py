@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor, nn
 
-from decompositions import Network
-from decompositions.formats.plan import bucket, run
+from decompositions import Network, plan_apply
+from decompositions.formats.plan import bucket
+from decompositions.formats.program import multiply
 from tnlayers.frozen import Form, Forms, best_cut, frozen_linear, merge, product_seconds
 from tnlayers.init import default_std
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
@@ -121,12 +122,13 @@ class Linear(NetworkLayer):
         batch, width, out = prod(batch_shape), prod(self._col_modes), prod(self._row_modes)
         if width > self.in_features:
             x = torch.nn.functional.pad(x, (0, width - self.in_features))
-        operands = (x.reshape(batch, *self._col_modes), *self.cores)
-        y = run(self._plan_for(batch).steps, operands).reshape(batch, out)
-        if out > self.out_features:
+        x = x.reshape(batch, *self._col_modes)
+        exact = out == self.out_features
+        y = multiply(self._plan_for(batch), x, list(self.cores), self.bias if exact else None).reshape(batch, out)
+        if not exact:
             y = y[:, : self.out_features]
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)  # under autocast y is in the low precision, as torch's is
+            if self.bias is not None:
+                y = y + self.bias.to(y.dtype)  # under autocast y is in the low precision, as torch's is
         return y.reshape(*batch_shape, self.out_features)
 
     def _frozen_forms(self, batch: int | None) -> Forms:
@@ -134,7 +136,7 @@ class Linear(NetworkLayer):
         rows = batch or self._hint or 1024
         item, out, width = self.cores[0].itemsize, self.out_features, self.in_features
         dense = Form("dense", product_seconds(rows, width, out, item), item * out * width)
-        live = self._make_plan(bucket(rows)).seconds
+        live = min(plan.forward_seconds for plan in plan_apply(self.network, bucket(rows)))
         cut = best_cut(self.network)
         if cut is None:
             return Forms(live, (dense,))

@@ -15,6 +15,7 @@ from torch import Tensor
 from decompositions.formats.gauge import orthogonalize
 from decompositions.formats.network import Labels, Network
 from decompositions.formats.plan import Plan, bucket, plan_apply, plan_dense, plan_path, run
+from decompositions.formats.program import multiply
 from decompositions.linalg import accumulate_dtype, direct_sum, full_precision
 
 N = TypeVar("N", bound=Network)
@@ -87,7 +88,7 @@ def apply(
     batch = prod(batch_shape)
     if plan is None:
         plan = plan_apply(net, COMPILE_BATCH if torch.compiler.is_compiling() else bucket(batch))[0]
-    y = run(plan.steps, (x.reshape(batch, *modes), *net.cores))
+    y = multiply(plan, x.reshape(batch, *modes), net.cores)
     return y.reshape(*batch_shape, *net.row_modes)
 
 

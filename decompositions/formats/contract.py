@@ -1,0 +1,151 @@
+"""One pairwise contraction, executed in the very layout that its equation names.
+
+`torch.einsum` chooses the order of the axes in memory by itself and returns a permuted view; whoever reads that view
+next may have to copy it. Here the order of the result's letters is the order in memory: leading letters that the
+matrix product cannot hold become a batch of products (of one operand alone if need be, the other being repeated
+without a copy), and what follows is one block of each operand. Plans rely on it; einsum is the oracle of the tests.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_while_tracing(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, which would import dynamo here and double the time of `import torch`.
+
+    The mark is all that it sets; the tests under the mark `compile` fail where torch changes it. (For plain functions:
+    dynamo looks through an lru_cache wrapper, mark included.)
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+class Product(NamedTuple):
+    """How an equation runs as one matrix product; axes index the operands' own.
+
+    `first` and `second` are the operands (0: left, 1: right) in the order of their blocks in the result; each is
+    permuted to its batch axes, then block and summed axes (summed and block for the second).
+    """
+
+    first: int
+    batch: tuple[tuple[int, ...], tuple[int, ...]]  # of first, of second; () where the operand is repeated
+    blocks: tuple[tuple[int, ...], tuple[int, ...]]
+    summed: tuple[tuple[int, ...], tuple[int, ...]]
+    prefix: tuple[tuple[int, int], ...]  # (operand, axis) of each batch letter of the result
+
+
+def split_equation(equation: str) -> tuple[str, str, str]:
+    """Letters of left, right and result; right is '' for a step with one operand.
+
+    Example:
+        >>> split_equation("ab,bc->ac")
+        ('ab', 'bc', 'ac')
+    """
+    inputs, out = equation.split("->")
+    left, _, right = inputs.partition(",")
+    return left, right, out
+
+
+def batch_letters(left: Sequence[str], right: Sequence[str], out: Sequence[str]) -> int | None:
+    """Number of leading result letters to batch over, or None where no single matrix product gives that layout.
+
+    Example:
+        >>> batch_letters("bac", "cr", "arb"), batch_letters("ia", "aj", "ij"), batch_letters("ab", "cd", "acbd")
+        (1, 0, None)
+    """
+    if any(letter not in right and letter not in out for letter in left) or any(
+        letter not in left and letter not in out for letter in right
+    ):
+        return None  # a letter is summed inside one operand
+    kept = [k for k, letter in enumerate(out) if letter in left and letter in right]
+    start = kept[-1] + 1 if kept else 0
+    for p in range(start, len(out) + 1):
+        sides = [letter in left for letter in out[p:]]
+        if sum(a != b for a, b in pairwise(sides)) <= 1:
+            owners = {(letter in left, letter in right) for letter in out[:p]}
+            # letters of one operand and common ones together would repeat the other operand in memory
+            return p if len(owners) <= 1 else None
+    return None
+
+
+@lru_cache(maxsize=16384)
+def _product(equation: str) -> Product | None:
+    left, right, out = split_equation(equation)
+    if not right:
+        return None
+    p = batch_letters(left, right, out)
+    if p is None:
+        return None
+    operands = (left, right)
+    block = out[p:]
+    first = 0 if not block or block[0] in left else 1
+    second = 1 - first
+    blocks = tuple([letter for letter in block if letter in operands[k]] for k in (first, second))
+    summed = [letter for letter in left if letter in right and letter not in out]
+
+    def axes(k: int, letters: Any) -> tuple[int, ...]:
+        return tuple(operands[k].index(letter) for letter in letters)
+
+    prefix = out[:p]
+    batch = tuple(axes(k, [letter for letter in prefix if letter in operands[k]]) for k in (first, second))
+    owner = tuple((0, left.index(letter)) if letter in left else (1, right.index(letter)) for letter in prefix)
+    return Product(
+        first,
+        (batch[0], batch[1]),
+        (axes(first, blocks[0]), axes(second, blocks[1])),
+        (axes(first, summed), axes(second, summed)),
+        owner,
+    )
+
+
+@constant_while_tracing
+def _product_constant(equation: str) -> Product | None:
+    return _product(equation)
+
+
+def _arrange(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    return x if order == tuple(range(len(order))) else x.permute(order)
+
+
+def contract(equation: str, left: Tensor, right: Tensor | None = None) -> Tensor:
+    """Contract two operands (or permute and sum one); the result is laid out in memory as the equation says.
+
+    A step with one operand that only permutes is a view; equations that no single matrix product can lay out go
+    through `torch.einsum`, which returns a permuted view.
+
+    Example:
+        >>> import torch
+        >>> x, factor = torch.ones(2, 3, 5), torch.ones(5, 4)
+        >>> contract("bac,cr->arb", x, factor).shape, contract("bac,cr->arb", x, factor).is_contiguous()
+        (torch.Size([3, 4, 2]), True)
+    """
+    if right is None:
+        source, _, out = split_equation(equation)
+        if len(source) == len(out):
+            return left.permute([source.index(letter) for letter in out])
+        return torch.einsum(equation, left)
+    product = _product_constant(equation)
+    if product is None:
+        return torch.einsum(equation, left, right)
+    a, b = (left, right) if product.first == 0 else (right, left)
+    m_shape = [a.shape[k] for k in product.blocks[0]]
+    n_shape = [b.shape[k] for k in product.blocks[1]]
+    m, n, depth = prod(m_shape), prod(n_shape), prod([a.shape[k] for k in product.summed[0]])
+    a = _arrange(a, product.batch[0] + product.blocks[0] + product.summed[0])
+    b = _arrange(b, product.batch[1] + product.summed[1] + product.blocks[1])
+    if not product.prefix:
+        return torch.mm(a.reshape(m, depth), b.reshape(depth, n)).reshape(m_shape + n_shape)
+    shapes = left.shape, right.shape
+    prefix = [shapes[k][axis] for k, axis in product.prefix]
+    count = prod(prefix)
+    a = a.reshape(count, m, depth) if product.batch[0] else a.reshape(1, m, depth).expand(count, m, depth)
+    b = b.reshape(count, depth, n) if product.batch[1] else b.reshape(1, depth, n).expand(count, depth, n)
+    return torch.bmm(a, b).reshape(prefix + m_shape + n_shape)
