@@ -9,6 +9,7 @@ from jaxtyping import Inexact, Int
 from torch import Tensor, nn
 
 from decompositions import Network
+from decompositions.formats.cost import rates_for
 from decompositions.formats.plan import BATCH, Plan, bucket, plan_path, run
 from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
@@ -173,9 +174,9 @@ class Embedding(NetworkLayer):
 
     def _frozen_forms(self, batch: int | None) -> Forms:
         """The whole table; a look-up reads and writes one row a token."""
-        rows, item = batch or self._hint or 1024, self.cores[0].itemsize
-        read = plan_path(((BATCH, "j"),), {BATCH: rows, "j": self.embedding_dim}, ("j", BATCH), item)
-        form = Form("dense", read.seconds, item * prod(self.weight_shape))
+        rows, item, rates = batch or self._hint or 1024, self.cores[0].itemsize, rates_for(None)
+        read = rates.call + 2 * item * rows * self.embedding_dim / rates.stream
+        form = Form("dense", read, item * prod(self.weight_shape))
         return Forms(self._make_plan(bucket(rows)).seconds, (form,))
 
     def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
