@@ -128,7 +128,7 @@ def install(layer: "NetworkLayer", weight: Tensor, inner: Tensor | None) -> None
 
 def drop(layer: "NetworkLayer") -> None:
     """Let go of the merged tensors; no-op on a layer that is not frozen."""
-    for name in reversed(BUFFERS):  # the weight is last to come and first to go: no call sees half
+    for name in reversed(BUFFERS):  # the weight is last to come and first to go: `frozen_linear` relies on it
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
     layer._frozen_from = ()
@@ -167,8 +167,11 @@ def frozen_weight(layer: "NetworkLayer") -> Tensor | None:
 def frozen_linear(layer: Any, x: Tensor) -> Tensor | None:
     """`x W^T + b` with the merged weight: torch's own layer, or two where the weight is kept as a product."""
     buffers = layer._buffers
-    inner, weight = buffers.get("frozen_inner"), buffers.get("frozen_weight")
+    weight = buffers.get("frozen_weight")
     if weight is None or not serves(layer):
+        return None
+    inner = buffers.get("frozen_inner")
+    if buffers.get("frozen_weight") is not weight:  # thawed (and frozen again) by another thread in between
         return None
     if inner is not None:
         x = F.linear(x, inner)
