@@ -192,6 +192,7 @@ def test_bad_settings_and_input_are_refused_by_name(unchecked):
         ({"padding": -1}, "padding needs 2 integers >= 0"),
         ({"groups": 3}, "groups must divide"),
         ({"stride": 0}, "stride needs 2 integers >= 1"),
+        ({"stride": 2.0}, "stride needs 2 integers >= 1"),
         ({"dilation": (1, 1, 1)}, "dilation needs 2 integers"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -200,8 +201,9 @@ def test_bad_settings_and_input_are_refused_by_name(unchecked):
     for shape in ((2, 3, 8, 8), (4, 8), (2, 2, 4, 8, 8)):
         with pytest.raises(ValueError, match="with 4 channels"):
             layer(torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"at least one position, got \(-1, 2\)"):
-        layer(torch.zeros(1, 4, 5, 8))
+    for shape, got in (((1, 4, 5, 8), r"\(5, 8\) -> \(-1, 2\)"), ((1, 4, 0, 8), r"\(0, 8\) ->")):
+        with pytest.raises(ValueError, match=f"at least one position, got {got}"):
+            layer(torch.zeros(shape))
 
 
 def test_ranks_change_and_gradcheck():
