@@ -15,6 +15,7 @@ from tnlayers.convert import summary as summary
 from tnlayers.convert import tensorize as tensorize
 from tnlayers.embedding import Embedding as Embedding
 from tnlayers.embedding_bag import EmbeddingBag as EmbeddingBag
+from tnlayers.explain import explain as explain
 from tnlayers.init import random_network as random_network
 from tnlayers.layer import NetworkLayer as NetworkLayer
 from tnlayers.linear import Linear as Linear

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor, nn
 
-from decompositions import Network, TTMatrix, as_operator
+from decompositions import Network, Plan, TTMatrix, as_operator, plan_apply
 from decompositions.formats.program import multiply
 from tnlayers.init import RandomNetwork, default_std, random_network
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
@@ -225,8 +225,23 @@ class TensorRegression(NetworkLayer):
             raise TypeError(f"{name}: x must have the dtype of the cores, expected {first.dtype}, got {x.dtype}")
         batch_shape = x.shape[: x.ndim - order]
         batch = prod(batch_shape)
-        y = multiply(self._plan_for(batch), x.reshape(batch, *self._col_modes), list(self.cores), self.bias)
+        y = multiply(
+            self._plan_for(batch),
+            x.reshape(batch, *self._col_modes),
+            list(self.cores),
+            self.bias,
+            recompute=self._recompute,
+        )
         return y.reshape(batch_shape + self.out_modes)
+
+    def alternatives(self, batch: int | None = None) -> tuple[Plan, ...]:
+        """All plans considered for `batch` rows, best predicted first (forward and backward)."""
+        return plan_apply(self.network, batch or self._hint or 1024)
+
+    def example_input(self, batch: int) -> Tensor:
+        """A random input of `batch` rows."""
+        first = self.cores[0]
+        return torch.rand(batch, *self.in_modes, device=first.device).to(first.dtype)
 
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of one forward pass over `batch` rows, without the bias."""

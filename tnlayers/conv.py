@@ -19,6 +19,7 @@ from tnlayers.layer import (
     Recipe,
     Shapes,
     copy_settings,
+    probed,
     run_recipe,
     spectral_bound,
     unchanged_rng,
@@ -145,8 +146,17 @@ class ConvolutionLayer(NetworkLayer):
         """Run one step of a chain: `weight` is (groups, out / groups, in / groups, *kernel)."""
         raise TypeError("ConvolutionLayer._small: expected a layer, got the base")
 
-    def _make_plan(self, rows: Any) -> ConvPlan:
-        return self._plans_at(rows, self._hint_spatial)[0]
+    def alternatives(self, batch: int | None = None) -> tuple[ConvPlan, ...]:
+        """All plans considered for `batch` inputs of the size the stored plan was made for, best predicted first."""
+        return self._plans_at(batch or self._hint or 1024, self._hint_spatial)
+
+    def example_input(self, batch: int) -> Tensor:
+        """A random batch of the size the stored plan was made for."""
+        first = self.cores[0]
+        return torch.rand(batch, self.in_channels, *self._hint_spatial, device=first.device).to(first.dtype)
+
+    def _hint_sizes(self) -> tuple[int, ...]:
+        return self._hint_spatial
 
     def plan_for_shapes(self, seen: Shapes) -> None:
         """Make the stored plan for a call with these shapes, spatial sizes included."""
@@ -162,10 +172,14 @@ class ConvolutionLayer(NetworkLayer):
         """The stored plan while tracing, else the one for the powers of two above this batch and these sizes."""
         if torch.compiler.is_compiling():
             return self._stored
-        key = (bucket(x.shape[0]), *map(bucket, x.shape[2:]))
+        if self._forced is not None:
+            return self._forced
+        rows, sizes = bucket(x.shape[0]), tuple(x.shape[2:])
+        key = (rows, *map(bucket, sizes))
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plans_at(key[0], key[1:])[0]
+            plan = probed.get(self._probe_key(rows)) if probed and sizes == self._hint_spatial else None
+            plan = self._plans[key] = plan or self._plans_at(rows, key[1:])[0]
             if self._hint is None and x.shape[0] > 0:
                 self._hint, self._hint_spatial, self._stored = x.shape[0], tuple(x.shape[2:]), plan
         return plan
@@ -335,7 +349,7 @@ class _ConvNd(ConvolutionLayer):
     def forward(self, x: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
         """Convolve: x is (batch, in_channels, *spatial) or (in_channels, *spatial), as for torch's layer."""
         batched = self._batched(x)
-        y = self._convolve(x if batched else x.unsqueeze(0))
+        y = self._recomputed(self._convolve, x if batched else x.unsqueeze(0))
         return y if batched else y.squeeze(0)
 
     def _convolve(self, x: Tensor) -> Tensor:

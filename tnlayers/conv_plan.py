@@ -80,6 +80,7 @@ class ConvPlan(NamedTuple):
     permute: tuple[int, ...]  # channel positions in the order of the weight's axis, at the end
     flops: int
     bytes: int
+    kept: int = 0  # bytes of intermediate results that backward needs
 
     @property
     def calls(self) -> int:
@@ -87,9 +88,14 @@ class ConvPlan(NamedTuple):
         return len(self.steps) + max(1, len(self.chain))
 
     @property
-    def seconds(self) -> float:
+    def forward_seconds(self) -> float:
         """Predicted time of one forward pass, for comparison between plans only."""
         return self.calls * CALL_SECONDS + self.flops / FLOP_RATE + self.bytes / BYTE_RATE
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of forward and backward: two products of the same size for each one forward."""
+        return 3 * self.forward_seconds
 
 
 class ConvShape(NamedTuple):
@@ -212,7 +218,8 @@ def _merge_plan(
     flops = 2 * shape.batch * narrow * prod(weight_shape)
     channels = shape.groups * weight_shape[1]
     moved = shape.batch * (wide * channels + narrow * weight_shape[0]) + prod(weight_shape)
-    return ConvPlan("merge", dense.steps, (), (), (), (), dense.flops + flops, dense.bytes + itemsize * moved)
+    kept = itemsize * prod(weight_shape)
+    return ConvPlan("merge", dense.steps, (), (), (), (), dense.flops + flops, dense.bytes + itemsize * moved, kept)
 
 
 def _chain_plans(found: Alignment, shape: ConvShape, itemsize: int) -> list[ConvPlan]:
@@ -284,7 +291,7 @@ class _Search:
     def best(self) -> ConvPlan | None:
         self.winner: ConvPlan | None = None
         every = tuple(range(len(self.operands)))
-        self._descend(self.start, every, (), self.shape.spatial, self.flops, self.bytes)
+        self._descend(self.start, every, (), self.shape.spatial, self.flops, self.bytes, 0)
         return self.winner
 
     def _descend(
@@ -295,6 +302,7 @@ class _Search:
         spatial: tuple[int, ...],
         flops: int,
         moved: int,
+        kept: int,
     ) -> None:
         if not left:
             if set(channels) != set(self.end):
@@ -303,7 +311,7 @@ class _Search:
             if permute != tuple(range(len(permute))):
                 moved += 2 * self.itemsize * self.shape.batch * self._size(channels) * prod(spatial)
             sizes = tuple(self.sizes[label] for label in self.start)
-            plan = ConvPlan("chain", tuple(self.steps), chain, self.found.splits, sizes, permute, flops, moved)
+            plan = ConvPlan("chain", tuple(self.steps), chain, self.found.splits, sizes, permute, flops, moved, kept)
             if self.winner is None or plan.seconds < self.winner.seconds:
                 self.winner = plan
             return
@@ -315,9 +323,11 @@ class _Search:
             edge = not rest if self.shape.transposed else not chain
             step, after, flop, byte, now = self._step(k, channels, rest, edge, spatial)
             lower = (flops + flop) / FLOP_RATE + (moved + byte) / BYTE_RATE + (len(chain) + 1) * CALL_SECONDS
-            if self.winner is not None and lower >= self.winner.seconds:
+            if self.winner is not None and lower >= self.winner.forward_seconds:
                 continue
-            self._descend(after, rest, (*chain, step), now, flops + flop, moved + byte)
+            copied = step.free > 0 or step.order != tuple(range(len(step.order)))
+            held = self.itemsize * self.shape.batch * self._size(channels) * prod(spatial) if chain or copied else 0
+            self._descend(after, rest, (*chain, step), now, flops + flop, moved + byte, kept + held)
 
     def _step(
         self, k: int, channels: Labels, rest: tuple[int, ...], edge: bool, spatial: tuple[int, ...]

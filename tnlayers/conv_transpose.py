@@ -111,7 +111,7 @@ class _ConvTransposeNd(ConvolutionLayer):
                 f"{type(self).__name__}: x and y must have at least one position, got {tuple(spatial)} -> {out} for x "
                 f"of {tuple(x.shape)} with padding={self.padding}"
             )
-        y = self._transpose(x if batched else x.unsqueeze(0), extra)
+        y = self._recomputed(lambda x: self._transpose(x, extra), x if batched else x.unsqueeze(0))
         return y if batched else y.squeeze(0)
 
     def _extra(self, output_size: Sequence[int], least: Sequence[int], ndim: int) -> tuple[int, ...]:

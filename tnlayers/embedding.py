@@ -172,9 +172,9 @@ class Embedding(TableLayer):
         refused = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
         self._start_table(num_embeddings, embedding_dim, padding_idx, refused, network, recipe, dtype, device)
 
-    def _make_plan(self, rows: int) -> Plan:
-        """Gather and contract for `rows` tokens, or ("merge") make the table and index it."""
-        net = self.network
+    def alternatives(self, batch: int | None = None) -> tuple[Plan, ...]:
+        """Gather and contract for `batch` tokens, or ("merge") make the table and index it; best predicted first."""
+        net, rows = self.network, batch or self._hint or 1024
         sizes = {**net.sizes, BATCH: rows}
         item = net.dtype.itemsize
         legs = gathered_legs(net)
@@ -184,13 +184,20 @@ class Embedding(TableLayer):
             reading(gathered, item * sum(prod(sizes[label] for label in leg) for leg in legs if BATCH in leg)),
             reading(table._replace(strategy="merge"), 0, 2 * item * rows * prod(net.col_modes)),
         )
-        return min(plans, key=lambda plan: plan.seconds)
+        return tuple(sorted(plans, key=lambda plan: plan.seconds))
+
+    def example_input(self, batch: int) -> Tensor:
+        """Random tokens."""
+        return torch.randint(self.num_embeddings, (batch,), device=self.cores[0].device)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Inexact[Tensor, "*batch dim"]:
         """Look tokens up: any shape of int64 or int32 indices."""
         self._check_tokens(tokens)
+        y = self._recomputed(self._look_up, tokens.reshape(-1).long())
+        return y.reshape(*tokens.shape, self.embedding_dim)
+
+    def _look_up(self, flat: Tensor) -> Tensor:
         net = self.network
-        flat = tokens.reshape(-1).long()
         plan = self._plan_for(flat.shape[0])
         if plan.strategy == "merge":
             y = self._dense().reshape(prod(self._row_modes), -1).index_select(0, flat)
@@ -199,7 +206,7 @@ class Embedding(TableLayer):
         y = y[:, : self.embedding_dim]
         if self.padding_vector is not None and self.padding_idx is not None:
             y = torch.where(torch.eq(flat, self.padding_idx).unsqueeze(-1), self.padding_vector, y)
-        return y.reshape(*tokens.shape, self.embedding_dim)
+        return y
 
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of looking up `batch` tokens."""

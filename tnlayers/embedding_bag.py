@@ -9,10 +9,10 @@ from jaxtyping import Inexact, Int
 from torch import Tensor, nn
 
 from decompositions import Network
-from decompositions.formats.network import Labels
+from decompositions.formats.network import Labels, dense_size
 from decompositions.formats.plan import BATCH, Plan, Step, bucket, plan_path, run
 from tnlayers.embedding import TableLayer, gather, gathered_legs, readable, reading, rows_first
-from tnlayers.layer import NetworkFactory, Recipe, Shapes
+from tnlayers.layer import NetworkFactory, Recipe, Shapes, probed
 
 MODES = ("sum", "mean", "max")
 HINT_LENGTH = 16
@@ -35,7 +35,9 @@ class BagPlan(NamedTuple):
     after: tuple[Step, ...]
     flops: int
     bytes: int
+    forward_seconds: float
     seconds: float
+    kept: int  # bytes of gathered slices and intermediate results that backward needs
 
 
 class EmbeddingBag(TableLayer):
@@ -105,8 +107,17 @@ class EmbeddingBag(TableLayer):
                 f"EmbeddingBag: the network must be real, got {self.cores[0].dtype}; torch reduces real bags only"
             )
 
-    def _make_plan(self, rows: int) -> BagPlan:
-        return self._bag_plans(rows * self._hint_length, rows)[0]
+    def alternatives(self, batch: int | None = None) -> tuple[BagPlan, ...]:
+        """All plans for `batch` bags of the length the stored plan was made for, best predicted first."""
+        bags = batch or self._hint or 1024
+        return tuple(self._bag_plans(bags * self._hint_length, bags))
+
+    def example_input(self, batch: int) -> Tensor:
+        """Bags of random tokens, of the length the stored plan was made for."""
+        return torch.randint(self.num_embeddings, (batch, self._hint_length), device=self.cores[0].device)
+
+    def _hint_sizes(self) -> tuple[int, ...]:
+        return (self._hint_length,)
 
     def _bag_plans(self, tokens: int, bags: int) -> list[BagPlan]:
         """All plans for so many tokens in so many bags, best predicted first."""
@@ -137,8 +148,24 @@ class EmbeddingBag(TableLayer):
             first = reading(first, item * slices, item * width * (2 * tokens + bags), tokens * width)
             parts = [first] if last is None else [first, reading(last, 0)]
             flops, moved = sum(part.flops for part in parts), sum(part.bytes for part in parts)
-            seconds, after_steps = sum(part.seconds for part in parts), () if last is None else last.steps
-            plans.append(BagPlan(strategy, cores, first.steps, labels, others, after_steps, flops, moved, seconds))
+            forward, seconds = sum(part.forward_seconds for part in parts), sum(part.seconds for part in parts)
+            after_steps = () if last is None else last.steps
+            kept = dense_size(net) if strategy == "merge" else slices + (0 if fused else tokens * width)
+            plans.append(
+                BagPlan(
+                    strategy,
+                    cores,
+                    first.steps,
+                    labels,
+                    others,
+                    after_steps,
+                    flops,
+                    moved,
+                    forward,
+                    seconds,
+                    item * kept,
+                )
+            )
         return sorted(plans, key=lambda made: made.seconds)
 
     def _plan_for_bags(self, tokens: int, bags: int) -> BagPlan:
@@ -146,10 +173,14 @@ class EmbeddingBag(TableLayer):
         if torch.compiler.is_compiling():
             stored: BagPlan = self._stored
             return stored
+        if self._forced is not None:
+            return self._forced
         key = (bucket(tokens), bucket(bags))
         plan: BagPlan | None = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._bag_plans(*key)[0]
+            known = probed and tokens == bags * self._hint_length
+            plan = probed.get(self._probe_key(key[1])) if known else None
+            plan = self._plans[key] = plan or self._bag_plans(*key)[0]
             if self._hint is None and tokens > 0 and bags > 0:
                 self._hint, self._hint_length, self._stored = bags, max(1, tokens // bags), plan
         return plan
@@ -179,17 +210,17 @@ class EmbeddingBag(TableLayer):
         self._check_tokens(tokens)
         bounds = self._bounds(tokens, offsets)
         weights = self._sample_weights(tokens, per_sample_weights)
-        net = self.network
-        flat, bags = tokens.reshape(-1).long(), bounds.shape[0] - 1
+        return self._recomputed(lambda flat: self._bags(flat, bounds, weights), tokens.reshape(-1).long())
+
+    def _bags(self, flat: Tensor, bounds: Tensor, weights: Tensor | None) -> Tensor:
+        net, bags = self.network, bounds.shape[0] - 1
         plan = self._plan_for_bags(flat.shape[0], bags)
         if plan.strategy == "merge":
             table = self._dense().reshape(prod(self._row_modes), -1)
             return self._reduce(table, flat, bounds, weights, self.padding_idx)[:, : self.embedding_dim]
         sizes = net.sizes
         inner = [sizes[label] for label in plan.labels]
-        if (
-            not plan.steps and len(plan.cores) == 1
-        ):  # one core holds all row modes: its slices are reduced where they lie
+        if not plan.steps and len(plan.cores) == 1:  # one core holds all row modes: it is reduced where it lies
             (k,) = plan.cores
             slices = rows_first(net.cores[k], net.legs[k], net.rows).flatten(1)
             y = self._reduce(slices, flat, bounds, weights, self.padding_idx)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor, nn
 
-from decompositions import Network
+from decompositions import Network, Plan, plan_apply
 from decompositions.formats.program import multiply
 from tnlayers.init import default_std
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
@@ -117,12 +117,22 @@ class Linear(NetworkLayer):
             x = torch.nn.functional.pad(x, (0, width - self.in_features))
         x = x.reshape(batch, *self._col_modes)
         exact = out == self.out_features
-        y = multiply(self._plan_for(batch), x, list(self.cores), self.bias if exact else None).reshape(batch, out)
+        bias = self.bias if exact else None
+        y = multiply(self._plan_for(batch), x, list(self.cores), bias, recompute=self._recompute).reshape(batch, out)
         if not exact:
             y = y[:, : self.out_features]
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)  # under autocast y is in the low precision, as torch's is
         return y.reshape(*batch_shape, self.out_features)
+
+    def alternatives(self, batch: int | None = None) -> tuple[Plan, ...]:
+        """All plans considered for `batch` rows, best predicted first (forward and backward)."""
+        return plan_apply(self.network, batch or self._hint or 1024)
+
+    def example_input(self, batch: int) -> Tensor:
+        """A random input of `batch` rows."""
+        first = self.cores[0]
+        return torch.rand(batch, self.in_features, device=first.device).to(first.dtype)
 
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of one forward pass over `batch` rows, without the bias."""
