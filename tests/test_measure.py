@@ -192,7 +192,7 @@ def test_explain_disturbs_nothing(layer):
         tnlayers.explain(layer, batch=0)
 
 
-def test_explain_of_something_else():
+def test_explain_of_something_else(unchecked):
     with pytest.raises(TypeError, match="expected a layer of tnlayers, got Linear"):
         tnlayers.explain(torch.nn.Linear(2, 2))
 
