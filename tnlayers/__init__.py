@@ -2,6 +2,7 @@
 
 from tnlayers.checkpoint import load as load
 from tnlayers.checkpoint import save as save
+from tnlayers.compile import compile as compile
 from tnlayers.contraction_layers import TensorContraction as TensorContraction
 from tnlayers.contraction_layers import TensorRegression as TensorRegression
 from tnlayers.conv import Conv1d as Conv1d
@@ -16,6 +17,10 @@ from tnlayers.convert import tensorize as tensorize
 from tnlayers.embedding import Embedding as Embedding
 from tnlayers.embedding_bag import EmbeddingBag as EmbeddingBag
 from tnlayers.explain import explain as explain
+from tnlayers.freeze import Freeze as Freeze
+from tnlayers.freeze import FreezeRow as FreezeRow
+from tnlayers.freeze import freeze as freeze
+from tnlayers.freeze import thaw as thaw
 from tnlayers.init import random_network as random_network
 from tnlayers.layer import NetworkLayer as NetworkLayer
 from tnlayers.linear import Linear as Linear

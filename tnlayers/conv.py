@@ -10,8 +10,9 @@ from jaxtyping import Inexact
 from torch import Tensor, nn
 
 from decompositions import Network
-from decompositions.formats.plan import bucket, extend
+from decompositions.formats.plan import bucket, extend, plan_dense
 from tnlayers.conv_plan import ConvPlan, ConvShape, ConvStep, conv_plans
+from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.init import default_std
 from tnlayers.layer import (
     NetworkFactory,
@@ -131,8 +132,22 @@ class ConvolutionLayer(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense kernel, of torch's shape, differentiable with respect to the cores."""
-        matrix = self._dense().reshape(prod(self._row_modes), -1)
+        return self._shaped(self._dense())
+
+    def _shaped(self, dense: Tensor) -> Tensor:
+        matrix = dense.reshape(prod(self._row_modes), -1)
         return matrix[: self.weight_shape[0]].reshape(self.weight_shape)
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """The dense kernel, at the spatial sizes of the stored plan."""
+        plans = self._plans_at(bucket(batch or self._hint or 1024), self._hint_spatial)
+        merged = next(plan for plan in plans if plan.strategy == "merge").forward_seconds
+        making = plan_dense(self.network).forward_seconds  # what the merged plan spends on cores alone, at every call
+        form = Form("dense", max(merged - making, 0.0), self.cores[0].itemsize * prod(self.weight_shape))
+        return Forms(plans[0].forward_seconds, (form,))
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        return self._shaped(merge(self.network, None)[0]).contiguous(), None
 
     def out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """Spatial sizes of the output for those of the input."""
@@ -353,16 +368,18 @@ class _ConvNd(ConvolutionLayer):
         return y if batched else y.squeeze(0)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        plan = self._conv_plan(x)
+        kernel = frozen_weight(self)
+        plan = self._conv_plan(x) if kernel is None else None
         padding = tuple(before for before, _ in self._pads)
         uneven = any(before != after for before, after in self._pads)
         if self.padding_mode != "zeros" or uneven:
             widths = [width for pair in reversed(self._pads) for width in pair]
             x = F.pad(x, widths, mode=PADDING_MODES[self.padding_mode])
             padding = (0,) * self.spatial_dims
-        if plan.strategy == "merge":
+        if plan is None or plan.strategy == "merge":
             conv = type(self)._conv
-            return conv(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+            kernel = self.weight if kernel is None else kernel
+            return conv(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
         return self._run_chain(plan, x, Window(self.stride, padding, self.dilation, (0,) * self.spatial_dims))
 
     def _small(self, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:

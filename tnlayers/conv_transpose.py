@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from decompositions import Network
 from tnlayers.conv import HINT_SIDE, ConvolutionLayer, Window
 from tnlayers.conv_plan import ConvShape
+from tnlayers.frozen import frozen_weight
 from tnlayers.init import default_std
 from tnlayers.layer import NetworkFactory, Recipe, Shapes
 
@@ -132,10 +133,12 @@ class _ConvTransposeNd(ConvolutionLayer):
         return tuple(size - low for size, low in zip(sizes, least, strict=True))
 
     def _transpose(self, x: Tensor, extra: tuple[int, ...]) -> Tensor:
-        plan = self._conv_plan(x)
-        if plan.strategy == "merge":
+        kernel = frozen_weight(self)
+        plan = self._conv_plan(x) if kernel is None else None
+        if plan is None or plan.strategy == "merge":
             run = type(self)._conv_transpose
-            return run(x, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+            kernel = self.weight if kernel is None else kernel
+            return run(x, kernel, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
         return self._run_chain(plan, x, Window(self.stride, self.padding, self.dilation, extra))
 
     def _small(self, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:

@@ -4,12 +4,14 @@ from math import prod
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Inexact, Int
 from torch import Tensor, nn
 
 from decompositions import Network
 from decompositions.formats.cost import rates_for
-from decompositions.formats.plan import BATCH, Plan, plan_path, run
+from decompositions.formats.plan import BATCH, Plan, bucket, plan_path, run
+from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
 T = TypeVar("T", bound="TableLayer")
@@ -23,6 +25,7 @@ class TableLayer(NetworkLayer):
     """Names that torch's constructor, ours and the attributes share: the settings."""
 
     padding_vector: Tensor | None
+    _frozen_under_budget_only = True
 
     def _start_table(
         self,
@@ -53,7 +56,10 @@ class TableLayer(NetworkLayer):
         self._start((num_embeddings, embedding_dim), network, recipe, dtype, device, 1.0)
         first = self.cores[0]
         vector = torch.zeros(embedding_dim, dtype=first.dtype, device=first.device)
-        self.register_buffer("padding_vector", None if padding_idx is None else vector)
+        if padding_idx is None:
+            self.padding_vector = None  # no buffer: torch.export miscounts the buffers after one that is None
+        else:
+            self.register_buffer("padding_vector", vector)
 
     @classmethod
     def from_dense(cls: type[T], embedding: nn.Module, recipe: Recipe) -> T:
@@ -95,12 +101,17 @@ class TableLayer(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense table (num_embeddings, embedding_dim), differentiable with respect to the cores."""
-        table = self._dense().reshape(prod(self._row_modes), -1)
-        table = table[: self.num_embeddings, : self.embedding_dim]
+        table = self._shaped(self._dense())
         if self.padding_vector is None or self.padding_idx is None:
             return table
         rows = torch.arange(self.num_embeddings, device=table.device).unsqueeze(-1)
         return torch.where(torch.eq(rows, self.padding_idx), self.padding_vector, table)
+
+    def _shaped(self, dense: Tensor) -> Tensor:
+        return dense.reshape(prod(self._row_modes), -1)[: self.num_embeddings, : self.embedding_dim]
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        return self._shaped(merge(self.network, None)[0]).contiguous(), None
 
     def _check_tokens(self, tokens: Tensor) -> None:
         name = type(self).__name__
@@ -198,8 +209,9 @@ class Embedding(TableLayer):
 
     def _look_up(self, flat: Tensor) -> Tensor:
         net = self.network
-        plan = self._plan_for(flat.shape[0])
-        if plan.strategy == "merge":
+        if (table := frozen_weight(self)) is not None:
+            y = F.embedding(flat, table)
+        elif (plan := self._plan_for(flat.shape[0])).strategy == "merge":
             y = self._dense().reshape(prod(self._row_modes), -1).index_select(0, flat)
         else:
             y = run(plan.steps, gather(net, flat)).reshape(flat.shape[0], prod(self._col_modes))
@@ -207,6 +219,13 @@ class Embedding(TableLayer):
         if self.padding_vector is not None and self.padding_idx is not None:
             y = torch.where(torch.eq(flat, self.padding_idx).unsqueeze(-1), self.padding_vector, y)
         return y
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """The whole table; a look-up reads and writes one row a token."""
+        rows, item, rates = batch or self._hint or 1024, self.cores[0].itemsize, rates_for(None)
+        read = rates.call + 2 * item * rows * self.embedding_dim / rates.stream
+        form = Form("dense", read, item * prod(self.weight_shape))
+        return Forms(self._make_plan(bucket(rows), backward=False).forward_seconds, (form,))
 
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of looking up `batch` tokens."""

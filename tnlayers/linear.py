@@ -8,7 +8,9 @@ from jaxtyping import Inexact
 from torch import Tensor, nn
 
 from decompositions import Network, Plan, plan_apply
+from decompositions.formats.plan import bucket
 from decompositions.formats.program import multiply
+from tnlayers.frozen import Form, Forms, best_cut, frozen_linear, merge, product_seconds
 from tnlayers.init import default_std
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
@@ -102,8 +104,11 @@ class Linear(NetworkLayer):
     @property
     def weight(self) -> Tensor:
         """The dense weight (out_features, in_features), differentiable with respect to the cores."""
-        dense = self._dense().reshape(prod(self._row_modes), -1)
-        return dense[: self.out_features, : self.in_features]
+        return self._shaped(self._dense())
+
+    def _shaped(self, dense: Tensor) -> Tensor:
+        matrix = dense.reshape(prod(self._row_modes), -1)
+        return matrix[: self.out_features, : self.in_features]
 
     def forward(self, x: Inexact[Tensor, "*batch n"]) -> Inexact[Tensor, "*batch m"]:
         """Return `x W^T + b`, for any leading axes, an empty batch included."""
@@ -111,6 +116,8 @@ class Linear(NetworkLayer):
             raise ValueError(
                 f"Linear: the last axis of x must be in_features, expected {self.in_features}, got {tuple(x.shape)}"
             )
+        if (y := frozen_linear(self, x)) is not None:
+            return y
         batch_shape = x.shape[:-1]
         batch, width, out = prod(batch_shape), prod(self._col_modes), prod(self._row_modes)
         if width > self.in_features:
@@ -133,6 +140,24 @@ class Linear(NetworkLayer):
         """A random input of `batch` rows."""
         first = self.cores[0]
         return torch.rand(batch, self.in_features, device=first.device).to(first.dtype)
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """The dense weight, and the product of two matrices where a cut separates columns from rows."""
+        rows = batch or self._hint or 1024
+        item, out, width = self.cores[0].itemsize, self.out_features, self.in_features
+        dense = Form("dense", product_seconds(rows, width, out, item), item * out * width)
+        live = min(plan.forward_seconds for plan in plan_apply(self.network, bucket(rows)))
+        cut = best_cut(self.network)
+        if cut is None:
+            return Forms(live, (dense,))
+        seconds = product_seconds(rows, width, cut.rank, item) + product_seconds(rows, cut.rank, out, item)
+        return Forms(live, (dense, Form("factors", seconds, item * cut.rank * (out + width), cut)))
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        weight, inner = merge(self.network, form.cut)
+        if inner is not None:
+            return weight[: self.out_features].contiguous(), inner[:, : self.in_features].contiguous()
+        return self._shaped(weight).contiguous(), None
 
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of one forward pass over `batch` rows, without the bias."""
