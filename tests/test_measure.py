@@ -192,7 +192,7 @@ def test_explain_disturbs_nothing(layer):
         tnlayers.explain(layer, batch=0)
 
 
-def test_explain_of_something_else():
+def test_explain_of_something_else(unchecked):
     with pytest.raises(TypeError, match="expected a layer of tnlayers, got Linear"):
         tnlayers.explain(torch.nn.Linear(2, 2))
 
@@ -267,3 +267,17 @@ def test_cached_folder_is_the_user_s_own(monkeypatch):
 def test_low_rank_keeps_its_small_result_only():
     net = LowRank.random(row_modes=(256,), col_modes=(256,), rank=8, device="meta")
     assert plan_apply(net, 64)[0].kept < 4 * (3 * 64 * 8 + 2 * 256 * 8)
+
+
+def test_new_layers_are_made_after_a_probe():
+    """A plan is looked up by settings while a layer is still being built: its bias is not there yet."""
+    make = tnlayers.random_network(TTMatrix, rank=2, order=2)
+    try:
+        tnlayers.Linear(16, 16, network=make).plan(batch=4, probe=True)
+        assert layer_module.probed
+        for bias in (True, False):
+            assert (tnlayers.Linear(16, 16, bias, network=make).bias is not None) == bias
+            assert (tnlayers.Conv2d(4, 4, 3, bias=bias, network=make).bias is not None) == bias
+            assert (tnlayers.TensorContraction((4, 4), (2, 2), bias).bias is not None) == bias
+    finally:
+        layer_module.probed.clear()
