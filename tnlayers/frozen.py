@@ -10,10 +10,12 @@ from itertools import product
 from math import prod
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from decompositions import Network
 from decompositions.formats.network import Labels
@@ -27,6 +29,10 @@ BUFFERS = ("frozen_inner", "frozen_weight")
 
 FREE_CORES = 8
 """Cores without outside labels up to which every cut between columns and rows is tried."""
+
+
+_holders: "WeakSet[NetworkLayer]" = WeakSet()  # the frozen layers of this process
+_hook: Any = None
 
 
 class Cut(NamedTuple):
@@ -124,6 +130,7 @@ def install(layer: "NetworkLayer", weight: Tensor, inner: Tensor | None) -> None
     if inner is not None:
         layer.register_buffer("frozen_inner", inner, persistent=False)
     layer.register_buffer("frozen_weight", weight, persistent=False)
+    remember(layer)
 
 
 def drop(layer: "NetworkLayer") -> None:
@@ -132,6 +139,36 @@ def drop(layer: "NetworkLayer") -> None:
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
     layer._frozen_from = ()
+    _holders.discard(layer)
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Drop what was merged from Parameters that an optimizer is about to change (through a tied layer, say)."""
+    if not _holders:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    for holder in list(_holders):
+        if stepped.intersection(map(id, holder._frozen_from)):
+            drop(holder)
+
+
+def release(layer: "NetworkLayer") -> None:
+    """Before the cores of a layer change: drop what was merged from them, also where tied layers hold it."""
+    own = set(map(id, layer.cores._parameters.values()))
+    for holder in list(_holders):
+        if own.intersection(map(id, holder._frozen_from)):
+            drop(holder)
+    drop(layer)
+
+
+def remember(layer: "NetworkLayer") -> None:
+    """Note a layer that has buffers, made or deep-copied, and watch optimizers from the first one on."""
+    global _hook
+    if "frozen_weight" not in layer._buffers:
+        return
+    _holders.add(layer)
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_before_step)
 
 
 def serves(layer: "NetworkLayer") -> bool:

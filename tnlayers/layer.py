@@ -14,7 +14,7 @@ from decompositions import norm as network_norm
 from decompositions.formats.network import Labels, check_labels
 from decompositions.formats.plan import Plan, Step, bucket, plan_apply, plan_dense, run
 from decompositions.linalg import gram
-from tnlayers.frozen import BUFFERS, Form, Forms, drop
+from tnlayers.frozen import BUFFERS, Form, Forms, release, remember
 from tnlayers.init import RandomNetwork
 from tnlayers.rank_change import announce, remember_copy, resize_, watch
 
@@ -189,7 +189,7 @@ class NetworkLayer(nn.Module):
             )
         if not all(bool(torch.isfinite(core).all()) for core in network.cores if not core.is_meta):
             raise ValueError(f"{name}.set_network: cores must be finite, got NaN or infinity in {network!r}")
-        drop(self)
+        release(self)
         resized = network.ranks != self.network.ranks
         for parameter, core in zip(self.cores, network.cores, strict=True):
             resize_(parameter, core)
@@ -202,7 +202,7 @@ class NetworkLayer(nn.Module):
         Everything else a layer owns (bias, padding vector) is reset too, so that a model made on the meta device and
         moved with `to_empty` holds no uninitialised memory afterwards.
         """
-        drop(self)
+        release(self)
         first = self.cores[0]
         fresh = fill_random(
             self.network.detach(), std=self._std, generator=generator, dtype=first.dtype, device=first.device
@@ -305,7 +305,7 @@ class NetworkLayer(nn.Module):
         raise TypeError("NetworkLayer.to_dense_module: expected a layer, got the base")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NetworkLayer":
-        drop(self)
+        release(self)
         result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
         self._replan()
         return result
@@ -321,7 +321,7 @@ class NetworkLayer(nn.Module):
     def train(self: T, mode: bool = True) -> T:
         """Set the mode as torch does; training mode drops what `tnlayers.freeze` merged."""
         if mode:
-            drop(self)
+            release(self)
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -333,6 +333,7 @@ class NetworkLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         watch(self.cores)
+        remember(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkLayer":
         new = type(self).__new__(type(self))
@@ -412,7 +413,7 @@ def _adopt_ranks(
     error_msgs: list[str],
 ) -> None:
     """Resize the cores to the ranks found in a state dict, so that loading works across ranks."""
-    drop(module)
+    release(module)
     found = [state_dict.get(f"{prefix}cores.{k}") for k in range(len(module.cores))]
     if any(core is None for core in found):
         if f"{prefix}weight" in state_dict:
