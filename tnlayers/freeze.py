@@ -107,11 +107,12 @@ def freeze(model: nn.Module, max_bytes: int | None = None, batch: int | None = N
     `max_bytes`, the largest predicted gain per byte comes first.
 
     Guarantee: a frozen layer computes the function of the cores it had when `freeze` was called. `train()`,
-    `set_network`, `reset_parameters`, `load_state_dict`, moves of device or dtype and `thaw` drop the buffers, and so do
-    all but `thaw` on a layer tied to it, and the step of an optimizer that has its cores. Called with other cores
+    `set_network`, `reset_parameters`, `load_state_dict`, moves of device or dtype, `thaw` drop the buffers; so do all
+    but `thaw` on a layer tied to it, and the step of an optimizer that has its cores. Called with other cores
     (`functional_call`, `torch.func`), a frozen layer computes with those, as if it were not frozen. Cores changed in
-    place by other means (by hand, by the update of an averaged model) are not noticed: call `freeze` again, which merges
-    anew. A state dict, a file written by `save` and a pickle hold cores only; a deep copy is frozen like its original.
+    place by other means (by hand, by the update of an averaged model) are not noticed: call `freeze` again, which
+    merges anew. A state dict, a file written by `save` and a pickle hold cores only; a deep copy is frozen like its
+    original.
 
     Layers that share all cores share one buffer; a module used twice, or in two models, is frozen for both.
 
