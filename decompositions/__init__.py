@@ -30,6 +30,8 @@ from decompositions.linalg import fold as fold
 from decompositions.linalg import positive_qr as positive_qr
 from decompositions.linalg import unfold as unfold
 from decompositions.low_rank import svd as svd
+from decompositions.measure import calibrate as calibrate
+from decompositions.measure import time_plans as time_plans
 from decompositions.randomized import randomized_basis as randomized_basis
 from decompositions.tt import tt_svd as tt_svd
 from decompositions.tt import ttm_svd as ttm_svd

@@ -40,8 +40,8 @@ def explain(net: Network, batch: int = 1024) -> str:
     for rank, plan in enumerate(plan_apply(net, batch)):
         mark = "->" if rank == 0 else "  "
         lines.append(
-            f"{mark} {plan.strategy:<6} {plan.flops:>16,} FLOPs  {plan.bytes:>14,} bytes  {plan.calls} calls  "
-            f"~{plan.seconds * 1e3:.3g} ms"
+            f"{mark} {plan.strategy:<6} {plan.flops:>16,} FLOPs  {plan.kept:>14,} bytes kept  {plan.calls} calls  "
+            f"~{plan.forward_seconds * 1e3:.3g} ms forward, ~{plan.seconds * 1e3:.3g} ms with backward"
         )
         lines.extend(f"       {step.left:>2} {step.right:>2}  {step.equation}" for step in plan.steps)
     return "\n".join(lines)

@@ -1,5 +1,7 @@
 """Seeds, threads and the hypothesis profile of every test."""
 
+import os
+import tempfile
 import zlib
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+os.environ["TNLAYERS_CACHE"] = tempfile.mkdtemp(prefix="tnlayers-test-")  # plans do not depend on this machine's file
 
 settings.register_profile(
     "tnlayers",

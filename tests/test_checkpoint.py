@@ -239,9 +239,21 @@ def test_layers_of_every_kind_round_trip(tmp_path):
         tnlayers.Conv3d(4, 6, 3, network=make()),
         tnlayers.Linear(6, 5, network=make()),
         tnlayers.Embedding(9, 5, padding_idx=2, network=make()),
+        tnlayers.EmbeddingBag(9, 5, mode="max", padding_idx=2, network=make()),
+        tnlayers.ConvTranspose1d(4, 6, 3, stride=2, network=make()),
+        tnlayers.ConvTranspose2d(4, 6, 3, stride=2, output_padding=(1, 0), network=make()),
+        tnlayers.ConvTranspose3d(4, 6, 3, groups=2, network=make()),
     )
     fresh = nn.Sequential(
-        nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.Conv3d(4, 6, 3), nn.Linear(6, 5), nn.Embedding(9, 5, padding_idx=2)
+        nn.Conv1d(4, 6, 3),
+        nn.Conv2d(4, 6, 3),
+        nn.Conv3d(4, 6, 3),
+        nn.Linear(6, 5),
+        nn.Embedding(9, 5, padding_idx=2),
+        nn.EmbeddingBag(9, 5, mode="max", padding_idx=2),
+        nn.ConvTranspose1d(4, 6, 3, stride=2),
+        nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=(1, 0)),
+        nn.ConvTranspose3d(4, 6, 3, groups=2),
     )
     again = tnlayers.load(tnlayers.save(model, tmp_path / "net"), fresh)
     for own, other in zip(model, again, strict=True):

@@ -101,6 +101,9 @@ def test_output_bounds_hold_on_adversarial_inputs():
         nn.Conv2d(4, 6, 3, stride=2),
         nn.Conv2d(4, 8, (3, 1), groups=2, padding=(1, 0), stride=(1, 2)),
         nn.Conv1d(4, 6, 5, dilation=2),
+        nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1),
+        nn.ConvTranspose2d(4, 8, (3, 1), groups=2, padding=(1, 0), stride=(1, 2)),
+        nn.ConvTranspose1d(4, 6, 5, dilation=2, padding=3),
     ]
     for dense in settings:
         model = nn.Sequential(copy.deepcopy(dense)).double()

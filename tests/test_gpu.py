@@ -24,7 +24,10 @@ def test_layers_equal_their_dense_layers(recipe):
     for dense, x in (
         (nn.Linear(20, 13), torch.randn(4, 20)),
         (nn.Conv2d(8, 12, 3, padding=1, groups=2), torch.randn(2, 8, 9, 9)),
+        (nn.ConvTranspose2d(8, 12, 3, stride=2, groups=2, output_padding=1), torch.randn(2, 8, 5, 5)),
         (nn.Embedding(30, 8, padding_idx=1), torch.randint(0, 30, (3, 4))),
+        (nn.EmbeddingBag(30, 8, mode="sum", padding_idx=1), torch.randint(0, 30, (3, 4))),
+        (nn.EmbeddingBag(30, 8, mode="max", padding_idx=1), torch.randint(0, 30, (3, 4))),
     ):
         dense = dense.double().cuda()
         x = x.cuda() if x.dtype == torch.int64 else x.double().cuda()

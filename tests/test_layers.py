@@ -206,7 +206,10 @@ def test_fresh_layers_have_exactly_torch_s_deviation(format, options, rank, dtyp
         layers = [
             (tnlayers.Linear(60, 40, network=make(), dtype=dtype), (3 * 60) ** -0.5),
             (tnlayers.Conv2d(6, 10, 3, network=make(), dtype=dtype), (3 * 54) ** -0.5),
+            (tnlayers.ConvTranspose2d(6, 10, 3, network=make(), dtype=dtype), (3 * 90) ** -0.5),
             (tnlayers.Embedding(50, 12, network=make(), dtype=dtype), 1.0),
+            (tnlayers.EmbeddingBag(50, 12, network=make(), dtype=dtype), 1.0),
+            (tnlayers.TensorRegression((6, 10), (4,), network=make(), dtype=dtype), (3 * 60) ** -0.5),
         ]
         for layer, std in layers:
             dense = to_dense(layer.network).detach().double()
@@ -239,6 +242,10 @@ def test_no_layer_is_made_of_uninitialised_memory():
             for layer in (
                 tnlayers.Linear(16, 16, network=tnlayers.random_network(format, 4, **options)),
                 tnlayers.Conv2d(8, 8, 3, network=tnlayers.random_network(format, 4, **options)),
+                tnlayers.ConvTranspose2d(8, 8, 3, network=tnlayers.random_network(format, 4, **options)),
+                tnlayers.EmbeddingBag(8, 8, network=tnlayers.random_network(format, 4, **options)),
+                tnlayers.TensorRegression((4, 4), (8,), network=tnlayers.random_network(format, 4, **options)),
+                tnlayers.TensorContraction((4, 4), (2, 8)),
             ):
                 assert all(bool(torch.isfinite(p).all()) for p in layer.parameters())
 

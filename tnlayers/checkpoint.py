@@ -290,7 +290,10 @@ def _plan_changes(
         net._check()
         source: Any = copy.deepcopy(module).to("meta").to_dense_module() if isinstance(module, NetworkLayer) else module
         made = net.to(source.weight.dtype)
-        layer = layer_class.from_dense(source, lambda _, net=made: net)  # settings of the model, shapes of the file
+        try:  # settings of the model, shapes of the file
+            layer = layer_class.from_dense(source, lambda _, net=made: net)
+        except ValueError as error:
+            raise ValueError(f"{where} must fit the model: {error}") from None
         own, theirs = layer.settings(), row["settings"]
         differ = [f"{key}={theirs.get(key)} (model: {own[key]})" for key in own if own[key] != theirs.get(key)]
         if differ:

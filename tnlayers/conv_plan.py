@@ -5,6 +5,9 @@ The kernel's column labels are matched with the axes (in, k_1, ..., k_d) of the 
 a core's share of the channels is contracted, its kernel axes become a small convolution, its other legs become
 channels. Labels that later steps still need stay as channels, as groups, or move into the batch. Small cores may be
 contracted with each other first. Every order is tried and the cheapest plan kept; the dense kernel is one of them.
+
+A transposed convolution is the transpose of that chain: x brings the row channels, each step transposes a small
+convolution, and the column channels come out.
 """
 
 from collections.abc import Sequence
@@ -40,13 +43,17 @@ class Alignment(NamedTuple):
     splits: tuple[Split, ...]
     sizes: dict[str, int]  # of the parts too
     legs: tuple[Labels, ...]  # after the splits
-    rows: Labels  # out channels, the group label first where there is one
-    channels: Labels  # in channels
+    rows: Labels  # channels of axis 0 of the weight, the group label first where there is one
+    channels: Labels  # channels of axis 1
     kernel: tuple[str | None, ...]  # label of each kernel axis; None: size 1 and no label
 
 
 class ConvStep(NamedTuple):
-    """Absorb one operand. Positions index x's channel labels at that point; axes index the operand's axes."""
+    """Absorb one operand. Positions index x's channel labels at that point; axes index the operand's axes.
+
+    `dims` are the spatial axes on which this step does what the whole does (stride, padding, dilation); on the others
+    it is pointwise.
+    """
 
     operand: int
     order: tuple[int, ...]  # channel positions: free, kept, contracted
@@ -56,7 +63,7 @@ class ConvStep(NamedTuple):
     new: int
     contracted: int
     own: tuple[bool, ...]  # kernel axes that this operand carries
-    dims: tuple[bool, ...]  # axes whose stride, padding and dilation apply here
+    dims: tuple[bool, ...]
 
 
 class ConvPlan(NamedTuple):
@@ -70,9 +77,10 @@ class ConvPlan(NamedTuple):
     chain: tuple[ConvStep, ...]
     splits: tuple[Split, ...]
     channels: tuple[int, ...]  # sizes of x's channel labels, the group first where there is one
-    permute: tuple[int, ...]  # channel positions in the order of the rows, at the end
+    permute: tuple[int, ...]  # channel positions in the order of the weight's axis, at the end
     flops: int
     bytes: int
+    kept: int = 0  # bytes of intermediate results that backward needs
 
     @property
     def calls(self) -> int:
@@ -80,9 +88,14 @@ class ConvPlan(NamedTuple):
         return len(self.steps) + max(1, len(self.chain))
 
     @property
-    def seconds(self) -> float:
+    def forward_seconds(self) -> float:
         """Predicted time of one forward pass, for comparison between plans only."""
         return self.calls * CALL_SECONDS + self.flops / FLOP_RATE + self.bytes / BYTE_RATE
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of forward and backward: two products of the same size for each one forward."""
+        return 3 * self.forward_seconds
 
 
 class ConvShape(NamedTuple):
@@ -93,6 +106,7 @@ class ConvShape(NamedTuple):
     out_spatial: tuple[int, ...]
     kernel_size: tuple[int, ...]
     groups: int
+    transposed: bool = False
 
 
 def align(
@@ -198,11 +212,14 @@ def _merge_plan(
     itemsize: int,
 ) -> ConvPlan:
     dense = plan_path(legs, sizes, rows + cols, itemsize)
-    pixels = shape.batch * prod(shape.out_spatial)
-    flops = 2 * pixels * prod(weight_shape)
+    wide, narrow = prod(shape.spatial), prod(shape.out_spatial)  # positions at axis 1 and at axis 0 of the weight
+    if shape.transposed:
+        wide, narrow = narrow, wide
+    flops = 2 * shape.batch * narrow * prod(weight_shape)
     channels = shape.groups * weight_shape[1]
-    moved = shape.batch * prod(shape.spatial) * channels + pixels * weight_shape[0] + prod(weight_shape)
-    return ConvPlan("merge", dense.steps, (), (), (), (), dense.flops + flops, dense.bytes + itemsize * moved)
+    moved = shape.batch * (wide * channels + narrow * weight_shape[0]) + prod(weight_shape)
+    kept = itemsize * prod(weight_shape)
+    return ConvPlan("merge", dense.steps, (), (), (), (), dense.flops + flops, dense.bytes + itemsize * moved, kept)
 
 
 def _chain_plans(found: Alignment, shape: ConvShape, itemsize: int) -> list[ConvPlan]:
@@ -268,35 +285,33 @@ class _Search:
             self.flops += plan.flops
             self.bytes += plan.bytes
         self.kernel = {label: d for d, label in enumerate(found.kernel) if label is not None}
+        columns = ((GROUP,) if shape.groups > 1 else ()) + found.channels
+        self.start, self.end = (found.rows, columns) if shape.transposed else (columns, found.rows)
 
     def best(self) -> ConvPlan | None:
-        start = self._start()
-        pending = tuple(d not in self.kernel.values() for d in range(len(self.shape.spatial)))
         self.winner: ConvPlan | None = None
-        self._descend(start, tuple(range(len(self.operands))), (), pending, self.shape.spatial, self.flops, self.bytes)
+        every = tuple(range(len(self.operands)))
+        self._descend(self.start, every, (), self.shape.spatial, self.flops, self.bytes, 0)
         return self.winner
-
-    def _start(self) -> Labels:
-        return ((GROUP,) if self.shape.groups > 1 else ()) + self.found.channels
 
     def _descend(
         self,
         channels: Labels,
         left: tuple[int, ...],
         chain: tuple[ConvStep, ...],
-        pending: tuple[bool, ...],
         spatial: tuple[int, ...],
         flops: int,
         moved: int,
+        kept: int,
     ) -> None:
         if not left:
-            if set(channels) != set(self.found.rows):
+            if set(channels) != set(self.end):
                 return
-            permute = tuple(channels.index(label) for label in self.found.rows)
+            permute = tuple(channels.index(label) for label in self.end)
             if permute != tuple(range(len(permute))):
                 moved += 2 * self.itemsize * self.shape.batch * self._size(channels) * prod(spatial)
-            sizes = tuple(self.sizes[label] for label in self._start())
-            plan = ConvPlan("chain", tuple(self.steps), chain, self.found.splits, sizes, permute, flops, moved)
+            sizes = tuple(self.sizes[label] for label in self.start)
+            plan = ConvPlan("chain", tuple(self.steps), chain, self.found.splits, sizes, permute, flops, moved, kept)
             if self.winner is None or plan.seconds < self.winner.seconds:
                 self.winner = plan
             return
@@ -304,25 +319,28 @@ class _Search:
         choices = (touching or left) if len(self.operands) <= MAX_SEARCH else (touching or left)[:1]
         for k in choices:
             rest = tuple(j for j in left if j != k)
-            step, after, flop, byte, now = self._step(k, channels, rest, pending, spatial)
+            # a stride without a kernel acts where it leaves the least work: at once, or last where it widens
+            edge = not rest if self.shape.transposed else not chain
+            step, after, flop, byte, now = self._step(k, channels, rest, edge, spatial)
             lower = (flops + flop) / FLOP_RATE + (moved + byte) / BYTE_RATE + (len(chain) + 1) * CALL_SECONDS
-            if self.winner is not None and lower >= self.winner.seconds:
+            if self.winner is not None and lower >= self.winner.forward_seconds:
                 continue
-            done = tuple(False for _ in pending)
-            self._descend(after, rest, (*chain, step), done, now, flops + flop, moved + byte)
+            copied = step.free > 0 or step.order != tuple(range(len(step.order)))
+            held = self.itemsize * self.shape.batch * self._size(channels) * prod(spatial) if chain or copied else 0
+            self._descend(after, rest, (*chain, step), now, flops + flop, moved + byte, kept + held)
 
     def _step(
-        self, k: int, channels: Labels, rest: tuple[int, ...], pending: tuple[bool, ...], spatial: tuple[int, ...]
+        self, k: int, channels: Labels, rest: tuple[int, ...], edge: bool, spatial: tuple[int, ...]
     ) -> tuple[ConvStep, Labels, int, int, tuple[int, ...]]:
         labels = self.operands[k]
-        later = {label for j in rest for label in self.operands[j]} | set(self.found.rows)
+        later = {label for j in rest for label in self.operands[j]} | set(self.end)
         shared = [label for label in channels if label in labels]
         kept = [label for label in shared if label in later]
         contracted = [label for label in shared if label not in later]
         free = [label for label in channels if label not in labels]
         new = [label for label in labels if label not in channels and label not in self.kernel]
         axes = [self.kernel[label] for label in labels if label in self.kernel]
-        dims = tuple(d in axes or pending[d] for d in range(len(spatial)))
+        dims = tuple(d in axes or (edge and self.found.kernel[d] is None) for d in range(len(spatial)))
         now = tuple(self.shape.out_spatial[d] if dims[d] else n for d, n in enumerate(spatial))
         order = tuple(channels.index(label) for label in (*free, *kept, *contracted))
         kernel_axes = [labels.index(self.found.kernel[d] or "") for d in range(len(spatial)) if d in axes]
@@ -332,7 +350,8 @@ class _Search:
         after = (*free, *kept, *new)
         lengths = prod(self.shape.kernel_size[d] for d in axes)
         rows = self.shape.batch * self._size(free) * self._size(kept)
-        flops = 2 * rows * self._size(new) * self._size(contracted) * lengths * prod(now)
+        places = prod(spatial if self.shape.transposed else now)  # where the small kernel is laid
+        flops = 2 * rows * self._size(new) * self._size(contracted) * lengths * places
         volume_in = self.shape.batch * self._size(channels) * prod(spatial)
         volume_out = self.shape.batch * self._size(after) * prod(now)
         copies = 2 if order != tuple(range(len(order))) or free else 0  # leaves the layout of a plain convolution

@@ -48,7 +48,8 @@ def tensorize(
     first module is replaced: if a recipe fails, the model is as it was.
 
     Args:
-        model: any module that holds `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.Embedding` (or Hugging Face `Conv1D`).
+        model: any module that holds `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d`, `nn.Embedding`,
+            `nn.EmbeddingBag` (or Hugging Face `Conv1D`).
         policy: a mapping from name patterns (shell style, `"encoder.*.fc?"`) or module types to recipes, the first
             match winning, or one recipe for every layer that can be replaced. A recipe is a callable
             dense weight -> Network, such as `functools.partial(svd, tol=0.1)`.

@@ -1,7 +1,7 @@
 """Embedding whose table is a network; rows are contracted from gathered slices, never from the dense table."""
 
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,134 @@ from torch import Tensor, nn
 
 from decompositions import Network
 from decompositions.formats.cost import rates_for
-from decompositions.formats.plan import BATCH, Plan, bucket, plan_path, run
+from decompositions.formats.plan import BATCH, Plan, bucket, plan_dense, plan_path, run
 from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
+T = TypeVar("T", bound="TableLayer")
 
-class Embedding(NetworkLayer):
+
+class TableLayer(NetworkLayer):
+    """What Embedding and EmbeddingBag share: a table (num_embeddings, embedding_dim), perhaps with a padding row."""
+
+    dense_class: ClassVar[type[nn.Module]]
+    arguments: ClassVar[tuple[str, ...]]
+    """Names that torch's constructor, ours and the attributes share: the settings."""
+
+    padding_vector: Tensor | None
+    _frozen_under_budget_only = True
+
+    def _start_table(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        refused: dict[str, Any],
+        network: Network | NetworkFactory | None,
+        recipe: Recipe | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        """Refuse what a shared table cannot have, then make the network and the padding vector."""
+        name = type(self).__name__
+        for what, given in refused.items():
+            if given is not None and given is not False:
+                raise ValueError(
+                    f"{name}: {what} acts on single rows, which share their parameters here; expected it unset, "
+                    f"got {what}={given}; use torch.nn.{self.dense_class.__name__}"
+                )
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ValueError(f"{name}: sizes must be at least 1, got ({num_embeddings}, {embedding_dim})")
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(f"{name}: padding_idx must be within {num_embeddings} rows, got {padding_idx}")
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.bias = None
+        self._start((num_embeddings, embedding_dim), network, recipe, dtype, device, 1.0)
+        first = self.cores[0]
+        if padding_idx is None:
+            self.padding_vector = None  # no buffer: torch.export miscounts the buffers after one that is None
+        else:
+            vector = torch.zeros(embedding_dim, dtype=first.dtype, device=first.device)
+            self.register_buffer("padding_vector", vector)
+
+    @classmethod
+    def from_dense(cls: type[T], embedding: nn.Module, recipe: Recipe) -> T:
+        """Layer that stands in for a trained table; every setting is kept, the padding row keeps its very values.
+
+        Args:
+            embedding: torch's module of the same name, without max_norm, scale_grad_by_freq and sparse.
+            recipe: a callable dense table -> Network.
+
+        Raises:
+            TypeError: another module.
+            ValueError: an option that a shared table cannot have.
+        """
+        if not isinstance(embedding, cls.dense_class):
+            expected = cls.dense_class.__name__
+            raise TypeError(
+                f"{cls.__name__}.from_dense: expected a torch.nn.{expected}, got {type(embedding).__name__}"
+            )
+        source: Any = embedding
+        net = run_recipe(f"{cls.__name__}.from_dense", recipe, source.weight.detach())
+        names = (*cls.arguments, "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        make: Any = cls
+        layer: T = make(**{name: getattr(source, name) for name in names}, network=net)
+        if layer.padding_vector is not None:
+            layer.padding_vector.copy_(source.weight[layer.padding_idx].detach())
+        copy_settings(source, layer, source.weight, None)
+        return layer
+
+    def to_dense_module(self) -> nn.Module:
+        """Return torch's module with the same function."""
+        first = self.cores[0]
+        with unchanged_rng(first.device):
+            dense: Any = self.dense_class(**self.settings(), device=first.device, dtype=first.dtype)
+        with torch.no_grad():
+            dense.weight.copy_(self.weight)
+        copy_settings(self, dense, first, None)
+        return dense
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (num_embeddings, embedding_dim), differentiable with respect to the cores."""
+        table = self._shaped(self._dense())
+        if self.padding_vector is None or self.padding_idx is None:
+            return table
+        rows = torch.arange(self.num_embeddings, device=table.device).unsqueeze(-1)
+        return torch.where(torch.eq(rows, self.padding_idx), self.padding_vector, table)
+
+    def _shaped(self, dense: Tensor) -> Tensor:
+        return dense.reshape(prod(self._row_modes), -1)[: self.num_embeddings, : self.embedding_dim]
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """The whole table, without the padding vector; a look-up reads and writes one row a token."""
+        plans = self.alternatives(bucket(batch or self._hint or 1024))
+        merged = next(plan for plan in plans if plan.strategy == "merge").forward_seconds
+        read = max(merged - plan_dense(self.network).forward_seconds, 0.0) + rates_for(None).call
+        form = Form("dense", read, self.cores[0].itemsize * prod(self.weight_shape))
+        return Forms(min(plan.forward_seconds for plan in plans), (form,))
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        return self._shaped(merge(self.network, None)[0]).contiguous(), None
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        name = type(self).__name__
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: tokens must be int64 or int32, got {tokens.dtype}")
+        if not torch.compiler.is_compiling():
+            _check_range(name, tokens, self.num_embeddings, padded=prod(self._row_modes) > self.num_embeddings)
+
+    def settings(self) -> dict[str, Any]:
+        """Sizes, the padding index, and whatever else torch's constructor takes."""
+        return {name: getattr(self, name) for name in self.arguments}
+
+    def _reset_rest(self, generator: torch.Generator | None = None) -> None:
+        if self.padding_vector is not None:
+            self.padding_vector.zero_()
+
+
+class Embedding(TableLayer):
     """`torch.nn.Embedding` whose table (num_embeddings, embedding_dim) is a network.
 
     A token's index is written in the mixed radix of the row modes; each core with row modes is sliced at its digits and
@@ -47,8 +169,8 @@ class Embedding(NetworkLayer):
         torch.Size([1, 2, 64])
     """
 
-    padding_vector: Tensor | None
-    _frozen_under_budget_only = True
+    dense_class = nn.Embedding
+    arguments = ("num_embeddings", "embedding_dim", "padding_idx")
 
     def __init__(
         self,
@@ -66,121 +188,45 @@ class Embedding(NetworkLayer):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__()
-        refused = {"max_norm": max_norm is not None, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
-        for what, given in refused.items():
-            if given:
-                raise ValueError(
-                    f"Embedding: {what} acts on single rows, which share their parameters here; expected it unset, "
-                    f"got {what}={ {'max_norm': max_norm}.get(what, True) }; use torch.nn.Embedding"
-                )
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise ValueError(f"Embedding: sizes must be at least 1, got ({num_embeddings}, {embedding_dim})")
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(f"Embedding: padding_idx must be within {num_embeddings} rows, got {padding_idx}")
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
-        self.bias = None
-        self._start((num_embeddings, embedding_dim), network, recipe, dtype, device, 1.0)
-        first = self.cores[0]
-        if padding_idx is None:
-            self.padding_vector = None  # no buffer: torch.export miscounts the buffers after one that is None
-        else:
-            vector = torch.zeros(embedding_dim, dtype=first.dtype, device=first.device)
-            self.register_buffer("padding_vector", vector)
+        refused = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+        self._start_table(num_embeddings, embedding_dim, padding_idx, refused, network, recipe, dtype, device)
 
-    @classmethod
-    def from_dense(cls, embedding: nn.Module, recipe: Recipe) -> "Embedding":
-        """Layer that stands in for a trained `nn.Embedding`; the padding row keeps its very values.
-
-        Args:
-            embedding: an `nn.Embedding` without max_norm, scale_grad_by_freq and sparse.
-            recipe: a callable dense table -> Network.
-
-        Raises:
-            TypeError: another module.
-            ValueError: an option that a shared table cannot have.
-        """
-        if not isinstance(embedding, nn.Embedding):
-            raise TypeError(f"Embedding.from_dense: expected a torch.nn.Embedding, got {type(embedding).__name__}")
-        weight = embedding.weight
-        net = run_recipe("Embedding.from_dense", recipe, weight.detach())
-        layer = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            embedding.max_norm,
-            embedding.norm_type,
-            embedding.scale_grad_by_freq,
-            embedding.sparse,
-            network=net,
-        )
-        if layer.padding_vector is not None:
-            layer.padding_vector.copy_(weight[layer.padding_idx].detach())
-        copy_settings(embedding, layer, weight, None)
-        return layer
-
-    def to_dense_module(self) -> nn.Embedding:
-        """Return the `nn.Embedding` with the same function."""
-        first = self.cores[0]
-        with unchanged_rng(first.device):
-            dense = nn.Embedding(
-                self.num_embeddings, self.embedding_dim, self.padding_idx, device=first.device, dtype=first.dtype
-            )
-        with torch.no_grad():
-            dense.weight.copy_(self.weight)
-        copy_settings(self, dense, first, None)
-        return dense
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense table (num_embeddings, embedding_dim), differentiable with respect to the cores."""
-        table = self._shaped(self._dense())
-        if self.padding_vector is None or self.padding_idx is None:
-            return table
-        rows = torch.arange(self.num_embeddings, device=table.device).unsqueeze(-1)
-        return torch.where(torch.eq(rows, self.padding_idx), self.padding_vector, table)
-
-    def _shaped(self, dense: Tensor) -> Tensor:
-        return dense.reshape(prod(self._row_modes), -1)[: self.num_embeddings, : self.embedding_dim]
-
-    def _make_plan(self, rows: int) -> Plan:
-        """Gather and contract for `rows` tokens, or ("merge") make the table and index it."""
-        net = self.network
+    def alternatives(self, batch: int | None = None) -> tuple[Plan, ...]:
+        """Gather and contract for `batch` tokens, or ("merge") make the table and index it; best predicted first."""
+        net, rows = self.network, batch or self._hint or 1024
         sizes = {**net.sizes, BATCH: rows}
         item = net.dtype.itemsize
-        gathered = plan_path(gathered_legs(net), sizes, (BATCH, *net.cols), item)
+        legs = gathered_legs(net)
+        gathered = plan_path(legs, sizes, (BATCH, *net.cols), item)
         table = plan_path(net.legs, net.sizes, net.outside, item)
-        merged = table._replace(strategy="merge", bytes=table.bytes + 2 * item * rows * prod(net.col_modes))
-        return min((gathered, merged), key=lambda plan: plan.seconds)
+        plans = (
+            reading(gathered, item * sum(prod(sizes[label] for label in leg) for leg in legs if BATCH in leg)),
+            reading(table._replace(strategy="merge"), 0, 2 * item * rows * prod(net.col_modes)),
+        )
+        return tuple(sorted(plans, key=lambda plan: plan.seconds))
+
+    def example_input(self, batch: int) -> Tensor:
+        """Random tokens."""
+        return torch.randint(self.num_embeddings, (batch,), device=self.cores[0].device)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Inexact[Tensor, "*batch dim"]:
         """Look tokens up: any shape of int64 or int32 indices."""
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"Embedding: tokens must be int64 or int32, got {tokens.dtype}")
-        if not torch.compiler.is_compiling():
-            _check_range(tokens, self.num_embeddings, padded=prod(self._row_modes) > self.num_embeddings)
+        self._check_tokens(tokens)
+        y = self._recomputed(self._look_up, tokens.reshape(-1).long())
+        return y.reshape(*tokens.shape, self.embedding_dim)
+
+    def _look_up(self, flat: Tensor) -> Tensor:
         net = self.network
-        flat = tokens.reshape(-1).long()
         if (table := frozen_weight(self)) is not None:
             y = F.embedding(flat, table)
         elif (plan := self._plan_for(flat.shape[0])).strategy == "merge":
             y = self._dense().reshape(prod(self._row_modes), -1).index_select(0, flat)
         else:
-            y = run(plan.steps, _gather(net, flat)).reshape(flat.shape[0], prod(self._col_modes))
+            y = run(plan.steps, gather(net, flat)).reshape(flat.shape[0], prod(self._col_modes))
         y = y[:, : self.embedding_dim]
         if self.padding_vector is not None and self.padding_idx is not None:
             y = torch.where(torch.eq(flat, self.padding_idx).unsqueeze(-1), self.padding_vector, y)
-        return y.reshape(*tokens.shape, self.embedding_dim)
-
-    def _frozen_forms(self, batch: int | None) -> Forms:
-        """The whole table; a look-up reads and writes one row a token."""
-        rows, item, rates = batch or self._hint or 1024, self.cores[0].itemsize, rates_for(None)
-        read = rates.call + 2 * item * rows * self.embedding_dim / rates.stream
-        form = Form("dense", read, item * prod(self.weight_shape))
-        return Forms(self._make_plan(bucket(rows)).seconds, (form,))
-
-    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
-        return self._shaped(merge(self.network, None)[0]).contiguous(), None
+        return y
 
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of looking up `batch` tokens."""
@@ -203,35 +249,27 @@ class Embedding(NetworkLayer):
         """Make the stored plan for a call with these shapes: every token is a row."""
         self.plan(batch=max(1, prod(seen.input)))
 
-    def settings(self) -> dict[str, Any]:
-        """Sizes and the padding index."""
-        return {
-            "num_embeddings": self.num_embeddings,
-            "embedding_dim": self.embedding_dim,
-            "padding_idx": self.padding_idx,
-        }
-
-    def _reset_rest(self, generator: torch.Generator | None = None) -> None:
-        if self.padding_vector is not None:
-            self.padding_vector.zero_()
-
     def extra_repr(self) -> str:
         """Sizes, padding, format and equation."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._repr_network()}"
 
 
-def _check_range(tokens: Tensor, rows: int, padded: bool) -> None:
+def _check_range(name: str, tokens: Tensor, rows: int, padded: bool) -> None:
     """Padded tables have more rows than tokens: an index in between must not pass in silence."""
-    unreadable = type(tokens) is not Tensor or torch._C._functorch.is_batchedtensor(tokens)  # fake tensors, vmap
-    if unreadable or tokens.numel() == 0 or tokens.is_meta:
+    if not readable(tokens) or tokens.numel() == 0:
         return
     if tokens.device.type == "cpu":
         low, high = tokens.aminmax()
         if int(low) < 0 or int(high) >= rows:
-            raise IndexError(f"Embedding: tokens must be in 0..{rows - 1}, got {int(low)}..{int(high)}")
+            raise IndexError(f"{name}: tokens must be in 0..{rows - 1}, got {int(low)}..{int(high)}")
     elif padded:  # on a device without waiting for it, as torch's own index kernels do
         torch._assert_async(((tokens >= 0) & (tokens < rows)).all())
+
+
+def readable(indices: Tensor) -> bool:
+    """Whether an index tensor has values that may be looked at: no fake, batched (vmap) or meta tensor."""
+    return type(indices) is Tensor and not torch._C._functorch.is_batchedtensor(indices) and not indices.is_meta
 
 
 def gathered_legs(net: Network) -> list[tuple[str, ...]]:
@@ -243,7 +281,20 @@ def gathered_legs(net: Network) -> list[tuple[str, ...]]:
     ]
 
 
-def _gather(net: Network, flat: Tensor) -> list[Tensor]:
+def reading(plan: Plan, gathered: int, moved: int = 0, flops: int = 0) -> Plan:
+    """Add to a plan's contractions what lies around them, and predict forward and backward together.
+
+    Gathered slices are new memory in forward, and their gradients again in backward: both go at the rate of scattered
+    copies (that of page faults). `moved` bytes are read and written in order. Backward contracts twice as often.
+    """
+    rates = rates_for(None)
+    forward = plan.forward_seconds + gathered / rates.scatter + moved / rates.stream
+    seconds = 3 * plan.forward_seconds + 2 * gathered / rates.scatter + moved / rates.stream
+    total = plan.bytes + gathered + moved
+    return plan._replace(flops=plan.flops + flops, bytes=total, forward_seconds=forward, seconds=seconds)
+
+
+def gather(net: Network, flat: Tensor) -> list[Tensor]:
     """Slice every core that has row modes at the tokens' digits; the token axis comes first."""
     digits: dict[str, Any] = {}
     rest = flat
@@ -252,13 +303,18 @@ def _gather(net: Network, flat: Tensor) -> list[Tensor]:
         rest = rest // size
     operands = []
     for core, leg in zip(net.cores, net.legs, strict=True):
-        own = [axis for axis, label in enumerate(leg) if label in digits]
+        own = [label for label in net.rows if label in leg]
         if own:
-            others = [axis for axis in range(core.ndim) if axis not in own]
             index = torch.zeros_like(flat)
-            for axis in own:
-                index = index * core.shape[axis] + digits[leg[axis]]
-            core = core.permute(*own, *others).reshape(-1, *(core.shape[axis] for axis in others))
-            core = core.index_select(0, index)
+            for label in own:
+                index = index * core.shape[leg.index(label)] + digits[label]
+            core = rows_first(core, leg, net.rows).index_select(0, index)
         operands.append(core)
     return operands
+
+
+def rows_first(core: Tensor, leg: tuple[str, ...], rows: tuple[str, ...]) -> Tensor:
+    """View a core as (its row modes, in the order of the rows, as one axis; its other axes)."""
+    own = [leg.index(label) for label in rows if label in leg]
+    others = [axis for axis in range(core.ndim) if axis not in own]
+    return core.permute(*own, *others).reshape(-1, *(core.shape[axis] for axis in others))

@@ -11,7 +11,7 @@ from tnlayers.layer import NetworkLayer
 from tnlayers.page import Cell, Column, compact, number, text_table
 from tnlayers.surgery import network_layers, sites, weight_key
 
-DOUBT = 1.5
+DOUBT = 2.0
 """A layer is left as it is where it is predicted this many times faster: many small steps cost more than is predicted,
 and a merged weight costs memory only."""
 

@@ -40,6 +40,14 @@ class RandomNetwork:
         """Return the same factory with `gain * std` where no std was asked for: how a layer brings its own default."""
         return self if self.std is not None else replace(self, std=self.gain * std)
 
+    def or_modes(self, row_modes: tuple[int, ...], col_modes: tuple[int, ...]) -> "RandomNetwork":
+        """Return the same factory for an operator between tensors of these modes, where no modes were asked for."""
+        rows, cols = self.format.operator_modes(
+            row_modes if self.row_modes is None else self.row_modes,
+            col_modes if self.col_modes is None else self.col_modes,
+        )
+        return replace(self, row_modes=rows, col_modes=cols)
+
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Network:
         """Draw a network for a weight of this shape."""
         rows, cols = self.format.default_modes(shape, self.order)
@@ -77,7 +85,7 @@ def random_network(
         format: LowRank, Tucker, TT, TTMatrix, or another format with `random`.
         rank: a cap for every bond, or one entry a bond.
         std: root mean square of the entries of the weight; None is the layer's default, `1 / sqrt(3 fan_in)` for
-            Linear and Conv and 1 for Embedding, times `gain`.
+            Linear, Conv and the contraction layers and 1 for Embedding and EmbeddingBag, times `gain`.
         gain: factor on the default.
         order: number of modes a side where they are chosen (a matrix in Tucker, TT or TTMatrix).
         row_modes: modes of the out side; None chooses them (balanced; primes are padded).

@@ -4,17 +4,18 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from math import prod, sqrt
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from decompositions import Network, as_operator, fill_random, numel, scale
 from decompositions import norm as network_norm
 from decompositions.formats.network import Labels, check_labels
-from decompositions.formats.plan import Plan, Step, bucket, plan_apply, plan_dense, run
+from decompositions.formats.plan import Plan, Step, bucket, plan_dense, run
 from decompositions.linalg import gram
-from tnlayers.frozen import BUFFERS, Form, Forms, release, remember
+from tnlayers.frozen import Freezable, release
 from tnlayers.init import RandomNetwork
 from tnlayers.rank_change import announce, remember_copy, resize_, watch
 
@@ -25,7 +26,8 @@ NetworkFactory = Callable[[tuple[int, ...], torch.dtype, torch.device], Network]
 """(shape of the weight, dtype, device) -> Network: makes a fresh weight without allocating the dense one."""
 
 
-T = TypeVar("T", bound="NetworkLayer")
+probed: dict[tuple[Any, ...], Any] = {}
+"""Plans that were measured to be the fastest, by layer kind, settings, shapes and machine."""
 
 
 class Structure(NamedTuple):
@@ -49,7 +51,7 @@ class Shapes(NamedTuple):
     output: tuple[int, ...]
 
 
-class NetworkLayer(nn.Module):
+class NetworkLayer(Freezable):
     """A layer whose weight is a network.
 
     Subclasses say what the weight's shape is and what to do with x. `state_dict` holds the cores (`cores.0`, ...) and
@@ -63,13 +65,11 @@ class NetworkLayer(nn.Module):
         (True, ['bias', 'cores.0', 'cores.1', 'cores.2'])
     """
 
-    cores: nn.ParameterList
     weight_shape: tuple[int, ...]
     bias: nn.Parameter | None
     _dense_steps: tuple[Step, ...]
-    _frozen_from: tuple[nn.Parameter | None, ...]
     _pinned = False  # whether changes of ranks leave the stored plan as it is
-    _frozen_under_budget_only = False  # whether `freeze` needs max_bytes to merge this kind of layer
+    _recompute = False
 
     def _start(
         self,
@@ -113,7 +113,6 @@ class NetworkLayer(nn.Module):
         self.cores = nn.ParameterList([nn.Parameter(core.detach().contiguous().clone()) for core in net.cores])
         self._structure = Structure.of(net)
         self._row_modes, self._col_modes = net.row_modes, net.col_modes  # ranks may change, modes may not
-        self._frozen_from = ()
         self.register_load_state_dict_pre_hook(_adopt_ranks)
         self.register_load_state_dict_post_hook(_watch_cores)  # assign=True makes new Parameters
         watch(self.cores)
@@ -218,14 +217,41 @@ class NetworkLayer(nn.Module):
             bound = 1 / sqrt(prod(self.weight_shape[1:]))
             nn.init.uniform_(self.bias, -bound, bound, generator=generator)
 
-    def plan(self, batch: int | None = None) -> Any:
+    def plan(self, batch: int | None = None, *, probe: bool = False, memory: str | None = None) -> Any:
         """Plan for `batch` rows and keep that plan as the stored one; with None return the stored plan.
 
         The stored plan is what compiled and exported programs use for every batch. It is made for 1024 rows, then for
-        the first batch that an eager call brings.
+        the first batch that an eager call brings. `print(layer.plan())` shows it, `tnlayers.explain(layer)` the others.
+
+        Args:
+            batch: rows of x (images, tokens) to plan for.
+            probe: measure the plans predicted to be near the best, forward and backward, and take the fastest. Takes
+                some forty calls; the choice serves every layer of equal shapes in this process.
+            memory: "keep" what backward needs, or "recompute" it there from the input and the cores, in every later
+                eager call (slower by a forward pass; see `kept` of a plan).
+
+        Raises:
+            ValueError: a batch below 1, another word for memory, probe without a batch.
+
+        Example:
+            >>> import tnlayers
+            >>> from decompositions import LowRank
+            >>> layer = tnlayers.Linear(64, 64, network=tnlayers.random_network(LowRank, rank=4))
+            >>> layer.plan(batch=16, memory="recompute").flops <= 2 * 16 * 4 * (64 + 4 + 64)
+            True
         """
+        name = type(self).__name__
+        if memory not in (None, "keep", "recompute"):
+            raise ValueError(f"{name}.plan: memory must be 'keep' or 'recompute', got {memory!r}")
+        if (batch is None and probe) or (batch is not None and batch < 1):
+            raise ValueError(f"{name}.plan: batch must be at least 1 (and given for a probe), got {batch}")
+        if memory is not None:
+            self._recompute = memory == "recompute"
         if batch is not None:
-            pinned, self._pinned, self._hint = self._pinned, False, batch
+            self._hint = batch
+            if probe:
+                self._probe(bucket(batch))
+            pinned, self._pinned = self._pinned, False
             self._replan()
             self._pinned = pinned
         return self._stored
@@ -238,43 +264,73 @@ class NetworkLayer(nn.Module):
         self._pinned = True
         self._hint = 1024 if self._hint is None else self._hint  # nor does the first eager call choose another
 
+    def _probe(self, rows: int) -> None:
+        """Measure the alternatives for `rows` and remember the fastest."""
+        from tnlayers.explain import measure
+
+        fastest = measure(self, rows)[0][0]
+        probed[self._probe_key(rows)] = fastest
+
+    def _probe_key(self, rows: int) -> tuple[Any, ...]:
+        s, first = self._structure, self.cores[0]
+        return (
+            type(self),
+            tuple(sorted((k, str(v)) for k, v in self.settings().items())),
+            (s.legs, s.rows, s.cols),
+            tuple(tuple(core.shape) for core in self.cores),
+            (first.dtype, first.device, torch.get_num_threads()),
+            (rows, *self._hint_sizes()),
+        )
+
+    def _hint_sizes(self) -> tuple[int, ...]:
+        """Sizes besides the batch that plans depend on."""
+        return ()
+
+    def alternatives(self, batch: int | None = None) -> tuple[Any, ...]:
+        """All plans considered for `batch` rows, best predicted first."""
+        raise TypeError("NetworkLayer.alternatives: expected a layer, got the base")
+
+    def example_input(self, batch: int) -> Tensor:
+        """A random input of `batch` rows (images, tokens), for measurements."""
+        raise TypeError("NetworkLayer.example_input: expected a layer, got the base")
+
     def _replan(self) -> None:
         self._plans.clear()
         if not self._pinned:
             self._dense_steps = plan_dense(self.network).steps
             self._stored = self._make_plan(bucket(1024 if self._hint is None else self._hint))
 
-    def _make_plan(self, rows: int) -> Any:
-        return plan_apply(self.network, rows)[0]
+    def _make_plan(self, rows: int, backward: bool = True) -> Any:
+        """Fastest plan: a measured one, else as predicted for forward and backward, or for forward alone."""
+        plan = probed.get(self._probe_key(rows)) if backward and probed else None
+        if plan is not None:
+            return plan
+        plans = self.alternatives(rows)
+        return plans[0] if backward else min(plans, key=lambda plan: plan.forward_seconds)
 
     def _plan_for(self, rows: int) -> Plan:
         """Plan for a batch: the stored one while tracing, else the one of its power-of-two bucket."""
         if torch.compiler.is_compiling():
             return self._stored
-        key = bucket(rows)
+        if self._forced is not None:
+            return self._forced
+        key = bucket(rows), torch.is_grad_enabled()
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._make_plan(key)
+            plan = self._plans[key] = self._make_plan(*key)
             if self._hint is None and rows > 0:
                 self._hint, self._stored = rows, plan
         return plan
 
+    def _recomputed(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Call `run(x)`; under memory="recompute" nothing but x is kept for backward."""
+        if self._recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return checkpoint(run, x, use_reentrant=False)
+        return run(x)
+
     def _dense(self) -> Tensor:
         """Dense tensor in the network's own modes, by the plan made outside traced code."""
         return run(self._dense_steps, list(self.cores))
-
-    @property
-    def frozen(self) -> bool:
-        """Whether `tnlayers.freeze` has merged this layer's weight."""
-        return "frozen_weight" in self._buffers
-
-    def _frozen_forms(self, batch: int | None) -> Forms:
-        """Ways to freeze this layer for `batch` rows; a kind of layer that has none is left as it is."""
-        return Forms(0.0, ())
-
-    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
-        """The merged tensors of one of `_frozen_forms`, of torch's shapes and contiguous."""
-        raise TypeError("NetworkLayer._merge: expected a layer, got the base")
 
     def numel(self) -> int:
         """Parameters of the weight, as its format counts them."""
@@ -305,7 +361,6 @@ class NetworkLayer(nn.Module):
         raise TypeError("NetworkLayer.to_dense_module: expected a layer, got the base")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NetworkLayer":
-        release(self)
         result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
         self._replan()
         return result
@@ -318,22 +373,9 @@ class NetworkLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def train(self: T, mode: bool = True) -> T:
-        """Set the mode as torch does; training mode drops what `tnlayers.freeze` merged."""
-        if mode:
-            release(self)
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds: cores and settings, nothing that `tnlayers.freeze` merged."""
-        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in BUFFERS}
-        plain = {"_buffers": buffers, "_non_persistent_buffers_set": self._non_persistent_buffers_set - set(BUFFERS)}
-        return {**self.__dict__, **plain, "_frozen_from": ()}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         watch(self.cores)
-        remember(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkLayer":
         new = type(self).__new__(type(self))

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor, nn
 
-from decompositions import Network, plan_apply
+from decompositions import Network, Plan, plan_apply
 from decompositions.formats.plan import bucket
 from decompositions.formats.program import multiply
 from tnlayers.frozen import Form, Forms, best_cut, frozen_linear, merge, product_seconds
@@ -107,8 +107,7 @@ class Linear(NetworkLayer):
         return self._shaped(self._dense())
 
     def _shaped(self, dense: Tensor) -> Tensor:
-        matrix = dense.reshape(prod(self._row_modes), -1)
-        return matrix[: self.out_features, : self.in_features]
+        return dense.reshape(prod(self._row_modes), -1)[: self.out_features, : self.in_features]
 
     def forward(self, x: Inexact[Tensor, "*batch n"]) -> Inexact[Tensor, "*batch m"]:
         """Return `x W^T + b`, for any leading axes, an empty batch included."""
@@ -124,19 +123,29 @@ class Linear(NetworkLayer):
             x = torch.nn.functional.pad(x, (0, width - self.in_features))
         x = x.reshape(batch, *self._col_modes)
         exact = out == self.out_features
-        y = multiply(self._plan_for(batch), x, list(self.cores), self.bias if exact else None).reshape(batch, out)
+        bias = self.bias if exact else None
+        y = multiply(self._plan_for(batch), x, list(self.cores), bias, recompute=self._recompute).reshape(batch, out)
         if not exact:
             y = y[:, : self.out_features]
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)  # under autocast y is in the low precision, as torch's is
         return y.reshape(*batch_shape, self.out_features)
 
+    def alternatives(self, batch: int | None = None) -> tuple[Plan, ...]:
+        """All plans considered for `batch` rows, best predicted first (forward and backward)."""
+        return plan_apply(self.network, batch or self._hint or 1024)
+
+    def example_input(self, batch: int) -> Tensor:
+        """A random input of `batch` rows."""
+        first = self.cores[0]
+        return torch.rand(batch, self.in_features, device=first.device).to(first.dtype)
+
     def _frozen_forms(self, batch: int | None) -> Forms:
         """The dense weight, and the product of two matrices where a cut separates columns from rows."""
-        rows = batch or self._hint or 1024
+        rows = bucket(batch or self._hint or 1024)
         item, out, width = self.cores[0].itemsize, self.out_features, self.in_features
         dense = Form("dense", product_seconds(rows, width, out, item), item * out * width)
-        live = min(plan.forward_seconds for plan in plan_apply(self.network, bucket(rows)))
+        live = min(plan.forward_seconds for plan in self.alternatives(rows))
         cut = best_cut(self.network)
         if cut is None:
             return Forms(live, (dense,))

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tnlayers.contraction_layers import FlatLinear, TensorRegression
 from tnlayers.conv import Conv1d, Conv2d, Conv3d
+from tnlayers.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from tnlayers.embedding import Embedding
+from tnlayers.embedding_bag import EmbeddingBag
 from tnlayers.layer import NetworkLayer
 from tnlayers.linear import Linear
 
@@ -18,10 +21,15 @@ T = TypeVar("T")
 
 STAND_INS: dict[type[nn.Module], type[NetworkLayer]] = {
     nn.Linear: Linear,
+    FlatLinear: TensorRegression,
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
     nn.Embedding: Embedding,
+    nn.EmbeddingBag: EmbeddingBag,
 }
 """Which layer stands in for which module; another module type is one more row."""
 

@@ -5,10 +5,17 @@ FLOPs alone mislead: a product with a thin side runs at a fraction of the peak, 
 an order slower than reading it. The constants below stand in until `calibrate` has measured the machine's own.
 """
 
+import hashlib
+import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import exp, log, prod
+from math import exp, isfinite, log, prod
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from decompositions.formats.contract import batch_letters
 from decompositions.formats.network import Labels
@@ -155,14 +162,76 @@ def product_cost(
     return Cost(total, flops, copied)
 
 
-_measured: dict[tuple[str, str], Rates] = {}
+_measured: dict[tuple[str, str, int], Rates | None] = {}
+
+
+def machine_key(key: tuple[str, str]) -> str:
+    """What constants depend on: device, dtype, threads and the version of torch.
+
+    Example:
+        >>> machine_key(("cpu", "float32")).startswith("cpu ")
+        True
+    """
+    device, dtype = key
+    if device == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()} cores"
+    return f"{device} {name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
+
+
+def cache_file(key: tuple[str, str]) -> Path:
+    """File that holds the constants of this machine, under `TNLAYERS_CACHE` or the user's cache folder.
+
+    Example:
+        >>> cache_file(("cpu", "float32")).name.startswith("rates-")
+        True
+    """
+    named, shared = os.environ.get("TNLAYERS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    home = Path(os.path.expanduser("~"))
+    folder = Path(named) if named else (Path(shared) if shared else home / ".cache") / "tnlayers"
+    digest = hashlib.sha256(machine_key(key).encode()).hexdigest()[:16]
+    return folder / f"rates-{digest}.json"
+
+
+def remember(key: tuple[str, str], rates: Rates) -> None:
+    """Use these constants from now on in this process."""
+    _measured[(*key, torch.get_num_threads())] = rates
 
 
 def rates_for(key: tuple[str, str] | None) -> Rates:
-    """Constants for a (device type, dtype name); the built-in ones where nothing was measured.
+    """Constants for a (device type, dtype name): measured ones where there are some, else the built-in ones.
+
+    The file is read once a process, so that plans do not change under way. One that is damaged counts as absent.
 
     Example:
         >>> rates_for(None) is DEFAULT
         True
     """
-    return DEFAULT if key is None else _measured.get(key, DEFAULT)
+    if key is None:
+        return DEFAULT
+    device, dtype = ("cpu" if key[0] == "meta" else key[0]), key[1]
+    for name in dict.fromkeys((dtype, "float32")):  # an unmeasured dtype is compared as single precision is
+        place = (device, name, torch.get_num_threads())
+        if place not in _measured:
+            _measured[place] = _load(cache_file((device, name)), machine_key((device, name)))
+        found = _measured[place]
+        if found is not None:
+            return found
+    return DEFAULT
+
+
+def _load(path: Path, machine: str) -> Rates | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("machine") != machine:
+            return None
+        gemm, batched = (tuple((int(size), float(rate)) for size, rate in data.pop(k)) for k in ("gemm", "batched"))
+        numbers = {name: float(value) for name, value in data.items()}
+        rates = Rates(gemm=gemm, batched=batched, **numbers)
+        positive = [*numbers.values(), *(rate for _, rate in gemm + batched)]
+        rising = [[size for size, _ in table] for table in (gemm, batched)]
+        sound = all(isfinite(x) and x > 0 for x in positive) and all(o and o == sorted(set(o)) for o in rising)
+        return rates if sound else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None

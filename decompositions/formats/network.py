@@ -116,6 +116,13 @@ class Network:
             return (out,), (width, *kernel)
         return balanced_modes(out, order), balanced_modes(width, order)
 
+    @classmethod
+    def operator_modes(
+        cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Modes that this format gives an operator between tensors of these modes; the products stay."""
+        return row_modes, col_modes
+
     @property
     def sizes(self) -> dict[str, int]:
         """Size of every label."""

@@ -53,6 +53,14 @@ class TTMatrix(Network):
         return (*balanced_modes(out, order), *(1 for _ in kernel)), (*balanced_modes(width, order), *kernel)
 
     @classmethod
+    def operator_modes(
+        cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Modes pair up: the shorter side is filled with ones."""
+        order = max(len(row_modes), len(col_modes))
+        return row_modes + (1,) * (order - len(row_modes)), col_modes + (1,) * (order - len(col_modes))
+
+    @classmethod
     def skeleton(
         cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]
     ) -> "TTMatrix":
