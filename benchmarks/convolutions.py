@@ -36,7 +36,15 @@ ROWS: dict[str, tuple[int, int, Any, bool, bool, float | None, float | None]] = 
         None,
         None,
     ),
-    "LowRank 64ch r6 channels_last": (64, 32, lambda: tnlayers.random_network(LowRank, rank=6), True, False, None, None),
+    "LowRank 64ch r6 channels_last": (
+        64,
+        32,
+        lambda: tnlayers.random_network(LowRank, rank=6),
+        True,
+        False,
+        None,
+        None,
+    ),
 }
 
 
@@ -124,9 +132,9 @@ def main(count: int, quick: bool) -> None:
             ]
         )
     notes = [
-        f"3 x 3 kernels, batch 32, 32 x 32 (64 channels) and 8 x 8 (256), float32, forward and backward with the gradient"
-        f" of the input, against a contiguous nn.Conv2d unless the row says both. 20th percentiles, median of {count}"
-        " processes."
+        "3 x 3 kernels, batch 32, 32 x 32 (64 channels) and 8 x 8 (256), float32, forward and backward with the"
+        f" gradient of the input, against a contiguous nn.Conv2d unless the row says both. 20th percentiles,"
+        f" median of {count} processes."
     ]
     head = ["row", "plan", "parameters", "ratio", "reach", "", "median", "ms / dense ms"]
     publish("convolutions", "Convolutions against nn.Conv2d", markdown(head, table), rows, notes)

@@ -246,10 +246,10 @@ def main(count: int, quick: bool) -> None:
     head = ["row", "plan", "ratio", "reach", "", "median", "ms / dense ms", "GFLOP/s", "kept / recompute"]
     gemm = median_of([run["gemm"] for run in runs], "gflops")
     notes = [
-        "Forward and backward with the gradient of the input (frozen: forward), float32. *ratio*: 20th percentiles, median of"
-        f" {count} processes; *median*: of paired ratios. A large product runs at {gemm:.0f} GFLOP/s here. *kept*:"
-        " parameters and what backward needs, relative to the dense layer's and the cores; with memory='recompute',"
-        " relative to the dense layer's.",
+        "Forward and backward with the gradient of the input (frozen: forward), float32. *ratio*: 20th percentiles,"
+        f" median of {count} processes; *median*: of paired ratios. A large product runs at {gemm:.0f} GFLOP/s here."
+        " *kept*: parameters and what backward needs, relative to the dense layer's and the cores; with"
+        " memory='recompute', relative to the dense layer's.",
     ]
     publish("layers", "Linear layers against nn.Linear", markdown(head, table), rows, notes)
 

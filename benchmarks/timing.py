@@ -89,7 +89,11 @@ def compare(
             pairs[name].append(2 * now / (before + after))
             before = after
     found = {
-        name: {"ratio": low(times[name]) / low(base), "median": statistics.median(pairs[name]), "seconds": low(times[name])}
+        name: {
+            "ratio": low(times[name]) / low(base),
+            "median": statistics.median(pairs[name]),
+            "seconds": low(times[name]),
+        }
         for name in candidates
     }
     return low(base), found

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tnlayers
 from decompositions import TT, LowRank, TTMatrix, Tucker, scale, to_matrix
 from decompositions import round as cut
+from tnlayers.freeze import DOUBT
 from tnlayers.frozen import best_cut, install, merge
 from tnlayers.surgery import tie_cores
 
@@ -53,6 +54,14 @@ def layers(format, options, dtype=torch.float64):
             torch.randn(2, 4, 6, 5, dtype=dtype),
         ),
         (tnlayers.Conv3d(2, 4, (3, 1, 2), network=network(), dtype=dtype), torch.randn(2, 4, 4, 4, dtype=dtype)),
+        (
+            tnlayers.ConvTranspose2d(4, 6, 3, stride=2, padding=1, network=network(), dtype=dtype),
+            torch.randn(2, 4, 5, 4, dtype=dtype),
+        ),
+        (
+            tnlayers.EmbeddingBag(31, 9, mode="sum", padding_idx=4, network=network(), dtype=dtype),
+            torch.tensor([[0, 4, 7], [30, 4, 4]]),
+        ),
         (tnlayers.Embedding(31, 9, padding_idx=4, network=network(), dtype=dtype), torch.tensor([[0, 4], [30, 4]])),
     ]
 
@@ -171,7 +180,7 @@ def test_max_bytes_bounds_all_buffers_and_the_largest_gain_per_byte_comes_first(
     sizes = {"0": 4 * 512**2, "1": 4 * 1024**2, "2": 4 * 51 * 2048}
     rates = {}
     for row in tnlayers.freeze(model).rows:
-        rates[row.name] = (1.5 * row.seconds_live - row.seconds) / row.bytes
+        rates[row.name] = (DOUBT * row.seconds_live - row.seconds) / row.bytes
         assert row.bytes == sizes[row.name]
     order = sorted(rates, key=rates.get, reverse=True)
     for budget in (0, sizes["2"] - 1, sizes["2"], 2 * 10**6, 5 * 10**6, 10**7):

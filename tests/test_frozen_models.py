@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_freeze import linear, low_rank, make
+from test_freeze import ENDS, linear, low_rank, make
 from torch import nn
 
 import tnlayers
@@ -94,6 +94,54 @@ def test_layers_that_share_cores_share_one_buffer():
         assert torch.allclose(model(x), copied(x), atol=1e-4)
     # within a budget for one: the second costs nothing
     assert tnlayers.freeze(model, max_bytes=4 * 512**2).bytes_after == frozen.bytes_after
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("copied", [False, True], ids=["tied", "copied"])
+def test_what_ends_one_of_two_tied_layers_ends_both(end, copied):
+    first, other = linear(), linear()
+    tie_cores(first, other)
+    tnlayers.freeze(nn.Sequential(first, other).eval())
+    if copied:
+        first, other = copy.deepcopy((first, other))
+    assert other.frozen
+    end(first)
+    assert not first.frozen
+    if end is ENDS["thaw"]:
+        assert other.frozen  # thawing changes no cores
+        return
+    assert not other.frozen
+    if not other.cores[0].is_meta:
+        with torch.no_grad():
+            x = torch.randn(2, 512, dtype=other.cores[0].dtype)
+            other.bias.data = other.bias.to(x.dtype)
+            assert torch.allclose(other(x), F.linear(x, other.weight, other.bias), atol=1e-4 if x.itemsize > 2 else 0.2)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.LBFGS])
+def test_an_optimizer_s_step_through_a_tied_layer_drops_the_buffer(optimizer):
+    first, other, stranger = linear(64, rank=2), linear(64, rank=2), linear()
+    tie_cores(first, other)
+    install(first, *first._merge(first._frozen_forms(None).ways[0]))
+    tnlayers.freeze(stranger)
+    step = optimizer(other.parameters(), lr=0.1)
+    x = torch.randn(4, 64)
+
+    def closure():
+        step.zero_grad()
+        loss = other(x).square().sum()
+        loss.backward()
+        return loss
+
+    if optimizer is torch.optim.LBFGS:
+        step.step(closure)
+    else:
+        closure()
+        step.step()
+    assert not first.frozen
+    assert stranger.frozen
+    with torch.no_grad():
+        assert torch.allclose(first(x), F.linear(x, other.weight, first.bias), atol=1e-5)
 
 
 def test_a_tied_embedding_and_head_share_their_table():
@@ -276,6 +324,23 @@ def test_threads_see_a_whole_weight_while_it_comes_and_goes():
             assert max(job.result() for job in running) < 1e-5
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_a_weight_that_goes_while_it_is_asked_for(monkeypatch):
+    layer = low_rank()
+    x = torch.randn(3, 512)
+    with torch.no_grad():
+        wanted = layer(x)
+        tnlayers.freeze(layer)
+        made = [tensor.clone() for tensor in (layer.frozen_weight, layer.frozen_inner)]
+        for meanwhile in (
+            lambda: drop(layer),
+            lambda: install(layer, *made),
+            lambda: install(layer, made[0] @ made[1], None),
+        ):
+            install(layer, *made)
+            monkeypatch.setattr("tnlayers.frozen.serves", lambda _, meanwhile=meanwhile: meanwhile() is None)
+            assert torch.allclose(layer(x), wanted, atol=1e-5)
 
 
 def test_layers_without_a_merged_form_are_left():

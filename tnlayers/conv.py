@@ -138,17 +138,6 @@ class ConvolutionLayer(NetworkLayer):
         matrix = dense.reshape(prod(self._row_modes), -1)
         return matrix[: self.weight_shape[0]].reshape(self.weight_shape)
 
-    def _frozen_forms(self, batch: int | None) -> Forms:
-        """The dense kernel, at the spatial sizes of the stored plan."""
-        plans = self._plans_at(bucket(batch or self._hint or 1024), self._hint_spatial)
-        merged = next(plan for plan in plans if plan.strategy == "merge").forward_seconds
-        making = plan_dense(self.network).forward_seconds  # what the merged plan spends on cores alone, at every call
-        form = Form("dense", max(merged - making, 0.0), self.cores[0].itemsize * prod(self.weight_shape))
-        return Forms(plans[0].forward_seconds, (form,))
-
-    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
-        return self._shaped(merge(self.network, None)[0]).contiguous(), None
-
     def out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """Spatial sizes of the output for those of the input."""
         raise TypeError("ConvolutionLayer.out_spatial: expected a layer, got the base")
@@ -256,6 +245,17 @@ class ConvolutionLayer(NetworkLayer):
         if step.free:
             y = y.reshape(batch, prod(free) * prod(kept) * prod(new), *y.shape[2:])
         return y, [*free, *kept, *new]
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """The dense kernel, at the spatial sizes of the stored plan."""
+        plans, cores = self.alternatives(bucket(batch or self._hint or 1024)), plan_dense(self.network)
+        merged = next(plan for plan in plans if plan.strategy == "merge")
+        made = merged._replace(steps=(), flops=merged.flops - cores.flops, bytes=merged.bytes - cores.bytes)
+        form = Form("dense", made.forward_seconds, self.cores[0].itemsize * prod(self.weight_shape))
+        return Forms(plans[0].forward_seconds, (form,))
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        return self._shaped(merge(self.network, None)[0]).contiguous(), None
 
     def flops(self, batch: int = 1, *spatial: int) -> int:
         """Multiply-adds times two of one forward pass over `batch` inputs of the given size (default: 32 a side)."""
@@ -377,8 +377,7 @@ class _ConvNd(ConvolutionLayer):
             x = F.pad(x, widths, mode=PADDING_MODES[self.padding_mode])
             padding = (0,) * self.spatial_dims
         if plan is None or plan.strategy == "merge":
-            conv = type(self)._conv
-            kernel = self.weight if kernel is None else kernel
+            conv, kernel = type(self)._conv, self.weight if kernel is None else kernel
             return conv(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
         return self._run_chain(plan, x, Window(self.stride, padding, self.dilation, (0,) * self.spatial_dims))
 

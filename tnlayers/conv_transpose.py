@@ -136,8 +136,7 @@ class _ConvTransposeNd(ConvolutionLayer):
         kernel = frozen_weight(self)
         plan = self._conv_plan(x) if kernel is None else None
         if plan is None or plan.strategy == "merge":
-            run = type(self)._conv_transpose
-            kernel = self.weight if kernel is None else kernel
+            run, kernel = type(self)._conv_transpose, self.weight if kernel is None else kernel
             return run(x, kernel, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
         return self._run_chain(plan, x, Window(self.stride, self.padding, self.dilation, extra))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from decompositions import Network
 from decompositions.formats.cost import rates_for
-from decompositions.formats.plan import BATCH, Plan, bucket, plan_path, run
+from decompositions.formats.plan import BATCH, Plan, bucket, plan_dense, plan_path, run
 from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
 
@@ -55,10 +55,10 @@ class TableLayer(NetworkLayer):
         self.bias = None
         self._start((num_embeddings, embedding_dim), network, recipe, dtype, device, 1.0)
         first = self.cores[0]
-        vector = torch.zeros(embedding_dim, dtype=first.dtype, device=first.device)
         if padding_idx is None:
             self.padding_vector = None  # no buffer: torch.export miscounts the buffers after one that is None
         else:
+            vector = torch.zeros(embedding_dim, dtype=first.dtype, device=first.device)
             self.register_buffer("padding_vector", vector)
 
     @classmethod
@@ -109,6 +109,14 @@ class TableLayer(NetworkLayer):
 
     def _shaped(self, dense: Tensor) -> Tensor:
         return dense.reshape(prod(self._row_modes), -1)[: self.num_embeddings, : self.embedding_dim]
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """The whole table, without the padding vector; a look-up reads and writes one row a token."""
+        plans = self.alternatives(bucket(batch or self._hint or 1024))
+        merged = next(plan for plan in plans if plan.strategy == "merge").forward_seconds
+        read = max(merged - plan_dense(self.network).forward_seconds, 0.0) + rates_for(None).call
+        form = Form("dense", read, self.cores[0].itemsize * prod(self.weight_shape))
+        return Forms(min(plan.forward_seconds for plan in plans), (form,))
 
     def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
         return self._shaped(merge(self.network, None)[0]).contiguous(), None
@@ -219,13 +227,6 @@ class Embedding(TableLayer):
         if self.padding_vector is not None and self.padding_idx is not None:
             y = torch.where(torch.eq(flat, self.padding_idx).unsqueeze(-1), self.padding_vector, y)
         return y
-
-    def _frozen_forms(self, batch: int | None) -> Forms:
-        """The whole table; a look-up reads and writes one row a token."""
-        rows, item, rates = batch or self._hint or 1024, self.cores[0].itemsize, rates_for(None)
-        read = rates.call + 2 * item * rows * self.embedding_dim / rates.stream
-        form = Form("dense", read, item * prod(self.weight_shape))
-        return Forms(self._make_plan(bucket(rows), backward=False).forward_seconds, (form,))
 
     def flops(self, batch: int = 1) -> int:
         """Multiply-adds times two of looking up `batch` tokens."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from decompositions import Network
 from decompositions.formats.network import Labels, dense_size
-from decompositions.formats.plan import BATCH, Plan, Step, bucket, plan_dense, plan_path, run
+from decompositions.formats.plan import BATCH, Plan, Step, bucket, plan_path, run
 from tnlayers.embedding import TableLayer, gather, gathered_legs, readable, reading, rows_first
-from tnlayers.frozen import Form, Forms, frozen_weight
+from tnlayers.frozen import frozen_weight
 from tnlayers.layer import NetworkFactory, Recipe, Shapes, probed
 
 MODES = ("sum", "mean", "max")
@@ -117,14 +117,6 @@ class EmbeddingBag(TableLayer):
         """Bags of random tokens, of the length the stored plan was made for."""
         return torch.randint(self.num_embeddings, (batch, self._hint_length), device=self.cores[0].device)
 
-    def _frozen_forms(self, batch: int | None) -> Forms:
-        """The whole table: what the merged plan costs besides merging."""
-        plans = self.alternatives(batch)
-        merged = next(plan for plan in plans if plan.strategy == "merge").forward_seconds
-        making = plan_dense(self.network).forward_seconds
-        form = Form("dense", max(merged - making, 0.0), self.cores[0].itemsize * prod(self.weight_shape))
-        return Forms(min(plan.forward_seconds for plan in plans), (form,))
-
     def _hint_sizes(self) -> tuple[int, ...]:
         return (self._hint_length,)
 
@@ -223,8 +215,8 @@ class EmbeddingBag(TableLayer):
 
     def _bags(self, flat: Tensor, bounds: Tensor, weights: Tensor | None) -> Tensor:
         net, bags = self.network, bounds.shape[0] - 1
-        if (frozen := frozen_weight(self)) is not None:
-            return self._reduce(frozen, flat, bounds, weights, self.padding_idx)
+        if (table := frozen_weight(self)) is not None:
+            return self._reduce(table, flat, bounds, weights, self.padding_idx)
         plan = self._plan_for_bags(flat.shape[0], bags)
         if plan.strategy == "merge":
             table = self._dense().reshape(prod(self._row_modes), -1)

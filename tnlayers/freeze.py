@@ -11,7 +11,7 @@ from tnlayers.layer import NetworkLayer
 from tnlayers.page import Cell, Column, compact, number, text_table
 from tnlayers.surgery import network_layers, sites, weight_key
 
-DOUBT = 1.5
+DOUBT = 2.0
 """A layer is left as it is where it is predicted this many times faster: many small steps cost more than is predicted,
 and a merged weight costs memory only."""
 
@@ -107,10 +107,12 @@ def freeze(model: nn.Module, max_bytes: int | None = None, batch: int | None = N
     `max_bytes`, the largest predicted gain per byte comes first.
 
     Guarantee: a frozen layer computes the function of the cores it had when `freeze` was called. `train()`,
-    `set_network`, `reset_parameters`, `load_state_dict`, moves of device or dtype and `thaw` drop the buffers. Called
-    with other cores (`functional_call`, `torch.func`), a frozen layer computes with those, as if it were not frozen.
-    Cores changed by hand, in place, are not noticed: call `freeze` again, which merges anew. A state dict, a file
-    written by `save` and a pickle hold cores only; a deep copy is frozen like its original.
+    `set_network`, `reset_parameters`, `load_state_dict`, moves of device or dtype, `thaw` drop the buffers; so do all
+    but `thaw` on a layer tied to it, and the step of an optimizer that has its cores. Called with other cores
+    (`functional_call`, `torch.func`), a frozen layer computes with those, as if it were not frozen. Cores changed in
+    place by other means (by hand, by the update of an averaged model) are not noticed: call `freeze` again, which
+    merges anew. A state dict, a file written by `save` and a pickle hold cores only; a deep copy is frozen like its
+    original.
 
     Layers that share all cores share one buffer; a module used twice, or in two models, is frozen for both.
 

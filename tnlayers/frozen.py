@@ -4,29 +4,33 @@
 here looks at versions or addresses of tensors: the buffers stand for the very core Parameters they were made from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import product
 from math import prod
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from decompositions import Network
 from decompositions.formats.network import Labels
 from decompositions.formats.plan import BATCH, plan_path, run
 
-if TYPE_CHECKING:
-    from tnlayers.layer import NetworkLayer
-
+T = TypeVar("T", bound="Freezable")
 BUFFERS = ("frozen_inner", "frozen_weight")
 """Non-persistent buffers of a frozen layer (the first only where the weight is kept as a product of two matrices)."""
 
 FREE_CORES = 8
 """Cores without outside labels up to which every cut between columns and rows is tried."""
+
+
+_holders: "WeakSet[Freezable]" = WeakSet()  # the frozen layers of this process
+_hook: Any = None
 
 
 class Cut(NamedTuple):
@@ -52,6 +56,48 @@ class Forms(NamedTuple):
 
     live: float
     ways: tuple[Form, ...]
+
+
+class Freezable(nn.Module):
+    """What every layer has to be frozen: the state, and the ends of it that torch's own methods bring about."""
+
+    cores: nn.ParameterList
+    _frozen_from: tuple[nn.Parameter | None, ...] = ()
+    _frozen_under_budget_only = False  # whether `freeze` needs max_bytes to merge this kind of layer
+    _forced: Any = None  # a plan under measurement
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `tnlayers.freeze` has merged this layer's weight."""
+        return "frozen_weight" in self._buffers
+
+    def _frozen_forms(self, batch: int | None) -> Forms:
+        """Ways to freeze this layer for `batch` rows; a kind of layer that has none is left as it is."""
+        return Forms(0.0, ())
+
+    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
+        """The merged tensors of one of `_frozen_forms`, of torch's shapes and contiguous."""
+        raise TypeError(f"{type(self).__name__}._merge: this kind of layer has no merged form")
+
+    def train(self: T, mode: bool = True) -> T:
+        """Set the mode as torch does; training mode drops what `tnlayers.freeze` merged."""
+        if mode:
+            release(self)
+        return super().train(mode)
+
+    def _apply(self: T, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T:
+        release(self)
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: cores and settings, nothing that was merged."""
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in BUFFERS}
+        plain = {"_buffers": buffers, "_non_persistent_buffers_set": self._non_persistent_buffers_set - set(BUFFERS)}
+        return {**self.__dict__, **plain, "_frozen_from": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        remember(self)
 
 
 def best_cut(net: Network) -> Cut | None:
@@ -117,24 +163,55 @@ def _contract(net: Network, members: Sequence[int], result: Labels) -> Tensor:
     return made.clone(memory_format=torch.contiguous_format) if len(members) == 1 else made.contiguous()
 
 
-def install(layer: "NetworkLayer", weight: Tensor, inner: Tensor | None) -> None:
+def install(layer: "Freezable", weight: Tensor, inner: Tensor | None) -> None:
     """Let a layer hold merged tensors, instead of earlier ones, and remember what cores they stand for."""
     drop(layer)
     layer._frozen_from = tuple(layer.cores._parameters.values())
     if inner is not None:
         layer.register_buffer("frozen_inner", inner, persistent=False)
     layer.register_buffer("frozen_weight", weight, persistent=False)
+    remember(layer)
 
 
-def drop(layer: "NetworkLayer") -> None:
+def drop(layer: "Freezable") -> None:
     """Let go of the merged tensors; no-op on a layer that is not frozen."""
     for name in reversed(BUFFERS):  # the weight is last to come and first to go: `frozen_linear` relies on it
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
     layer._frozen_from = ()
+    _holders.discard(layer)
 
 
-def serves(layer: "NetworkLayer") -> bool:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Drop what was merged from Parameters that an optimizer is about to change (through a tied layer, say)."""
+    if not _holders:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    for holder in list(_holders):
+        if stepped.intersection(map(id, holder._frozen_from)):
+            drop(holder)
+
+
+def release(layer: "Freezable") -> None:
+    """Before the cores of a layer change: drop what was merged from them, also where tied layers hold it."""
+    own = set(map(id, layer.cores._parameters.values()))
+    for holder in list(_holders):
+        if own.intersection(map(id, holder._frozen_from)):
+            drop(holder)
+    drop(layer)
+
+
+def remember(layer: "Freezable") -> None:
+    """Note a layer that has buffers, made or deep-copied, and watch optimizers from the first one on."""
+    global _hook
+    if "frozen_weight" not in layer._buffers:
+        return
+    _holders.add(layer)
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_before_step)
+
+
+def serves(layer: "Freezable") -> bool:
     """Whether the buffers stand for the cores that this call uses; refuses a core that wants a gradient.
 
     Other cores than those merged (`functional_call`, `torch.func.grad`, parametrized or reassigned ones) are computed
@@ -147,6 +224,8 @@ def serves(layer: "NetworkLayer") -> bool:
     own = layer._frozen_from
     if (len(held) != len(own) or not all(map(is_, held.values(), own))) and not torch.compiler.is_exporting():
         return False
+    if layer._forced is not None:  # its plans are being measured
+        return False
     if torch.is_grad_enabled():
         for name, core in held.items():
             if core is not None and core.requires_grad:
@@ -158,7 +237,7 @@ def serves(layer: "NetworkLayer") -> bool:
     return True
 
 
-def frozen_weight(layer: "NetworkLayer") -> Tensor | None:
+def frozen_weight(layer: "Freezable") -> Tensor | None:
     """The merged dense weight, None if the layer is not frozen or this call uses other cores."""
     weight = layer._buffers.get("frozen_weight")
     return weight if weight is not None and serves(layer) else None

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from math import prod, sqrt
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from decompositions import norm as network_norm
 from decompositions.formats.network import Labels, check_labels
 from decompositions.formats.plan import Plan, Step, bucket, plan_dense, run
 from decompositions.linalg import gram
-from tnlayers.frozen import BUFFERS, Form, Forms, drop
+from tnlayers.frozen import Freezable, release
 from tnlayers.init import RandomNetwork
 from tnlayers.rank_change import announce, remember_copy, resize_, watch
 
@@ -28,7 +28,6 @@ NetworkFactory = Callable[[tuple[int, ...], torch.dtype, torch.device], Network]
 
 probed: dict[tuple[Any, ...], Any] = {}
 """Plans that were measured to be the fastest, by layer kind, settings, shapes and machine."""
-T = TypeVar("T", bound="NetworkLayer")
 
 
 class Structure(NamedTuple):
@@ -52,7 +51,7 @@ class Shapes(NamedTuple):
     output: tuple[int, ...]
 
 
-class NetworkLayer(nn.Module):
+class NetworkLayer(Freezable):
     """A layer whose weight is a network.
 
     Subclasses say what the weight's shape is and what to do with x. `state_dict` holds the cores (`cores.0`, ...) and
@@ -66,15 +65,11 @@ class NetworkLayer(nn.Module):
         (True, ['bias', 'cores.0', 'cores.1', 'cores.2'])
     """
 
-    cores: nn.ParameterList
     weight_shape: tuple[int, ...]
     bias: nn.Parameter | None
     _dense_steps: tuple[Step, ...]
-    _forced: Any = None  # a plan under measurement
-    _recompute = False
-    _frozen_from: tuple[nn.Parameter | None, ...]
     _pinned = False  # whether changes of ranks leave the stored plan as it is
-    _frozen_under_budget_only = False  # whether `freeze` needs max_bytes to merge this kind of layer
+    _recompute = False
 
     def _start(
         self,
@@ -119,7 +114,6 @@ class NetworkLayer(nn.Module):
         self.cores = nn.ParameterList([nn.Parameter(core.detach().contiguous().clone()) for core in net.cores])
         self._structure = Structure.of(net)
         self._row_modes, self._col_modes = net.row_modes, net.col_modes  # ranks may change, modes may not
-        self._frozen_from = ()
         self.register_load_state_dict_pre_hook(_adopt_ranks)
         self.register_load_state_dict_post_hook(_watch_cores)  # assign=True makes new Parameters
         watch(self.cores)
@@ -195,7 +189,7 @@ class NetworkLayer(nn.Module):
             )
         if not all(bool(torch.isfinite(core).all()) for core in network.cores if not core.is_meta):
             raise ValueError(f"{name}.set_network: cores must be finite, got NaN or infinity in {network!r}")
-        drop(self)
+        release(self)
         resized = network.ranks != self.network.ranks
         for parameter, core in zip(self.cores, network.cores, strict=True):
             resize_(parameter, core)
@@ -208,7 +202,7 @@ class NetworkLayer(nn.Module):
         Everything else a layer owns (bias, padding vector) is reset too, so that a model made on the meta device and
         moved with `to_empty` holds no uninitialised memory afterwards.
         """
-        drop(self)
+        release(self)
         first = self.cores[0]
         fresh = fill_random(
             self.network.detach(), std=self._std, generator=generator, dtype=first.dtype, device=first.device
@@ -255,12 +249,21 @@ class NetworkLayer(nn.Module):
         if memory is not None:
             self._recompute = memory == "recompute"
         if batch is not None:
+            self._hint = batch
             if probe:
                 self._probe(bucket(batch))
-            pinned, self._pinned, self._hint = self._pinned, False, batch
+            pinned, self._pinned = self._pinned, False
             self._replan()
             self._pinned = pinned
         return self._stored
+
+    def pin_plan(self) -> None:
+        """Keep the stored plan from now on, whatever the ranks: its steps name labels, not sizes.
+
+        What `tnlayers.compile` asks for, as another plan is another program; `plan(batch=)` still makes another one.
+        """
+        self._pinned = True
+        self._hint = 1024 if self._hint is None else self._hint  # nor does the first eager call choose another
 
     def _probe(self, rows: int) -> None:
         """Measure the alternatives for `rows` and remember the fastest."""
@@ -291,14 +294,6 @@ class NetworkLayer(nn.Module):
     def example_input(self, batch: int) -> Tensor:
         """A random input of `batch` rows (images, tokens), for measurements."""
         raise TypeError("NetworkLayer.example_input: expected a layer, got the base")
-
-    def pin_plan(self) -> None:
-        """Keep the stored plan from now on, whatever the ranks: its steps name labels, not sizes.
-
-        What `tnlayers.compile` asks for, as another plan is another program; `plan(batch=)` still makes another one.
-        """
-        self._pinned = True
-        self._hint = 1024 if self._hint is None else self._hint  # nor does the first eager call choose another
 
     def _replan(self) -> None:
         self._plans.clear()
@@ -338,19 +333,6 @@ class NetworkLayer(nn.Module):
         """Dense tensor in the network's own modes, by the plan made outside traced code."""
         return run(self._dense_steps, list(self.cores))
 
-    @property
-    def frozen(self) -> bool:
-        """Whether `tnlayers.freeze` has merged this layer's weight."""
-        return "frozen_weight" in self._buffers
-
-    def _frozen_forms(self, batch: int | None) -> Forms:
-        """Ways to freeze this layer for `batch` rows; a kind of layer that has none is left as it is."""
-        return Forms(0.0, ())
-
-    def _merge(self, form: Form) -> tuple[Tensor, Tensor | None]:
-        """The merged tensors of one of `_frozen_forms`, of torch's shapes and contiguous."""
-        raise TypeError("NetworkLayer._merge: expected a layer, got the base")
-
     def numel(self) -> int:
         """Parameters of the weight, as its format counts them."""
         return numel(self.network)
@@ -380,7 +362,6 @@ class NetworkLayer(nn.Module):
         raise TypeError("NetworkLayer.to_dense_module: expected a layer, got the base")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NetworkLayer":
-        drop(self)
         result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
         self._replan()
         return result
@@ -392,18 +373,6 @@ class NetworkLayer(nn.Module):
                 "use set_network, or tensorize the dense model after tying its weights"
             )
         super().__setattr__(name, value)
-
-    def train(self: T, mode: bool = True) -> T:
-        """Set the mode as torch does; training mode drops what `tnlayers.freeze` merged."""
-        if mode:
-            drop(self)
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds: cores and settings, nothing that `tnlayers.freeze` merged."""
-        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in BUFFERS}
-        plain = {"_buffers": buffers, "_non_persistent_buffers_set": self._non_persistent_buffers_set - set(BUFFERS)}
-        return {**self.__dict__, **plain, "_frozen_from": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -487,7 +456,7 @@ def _adopt_ranks(
     error_msgs: list[str],
 ) -> None:
     """Resize the cores to the ranks found in a state dict, so that loading works across ranks."""
-    drop(module)
+    release(module)
     found = [state_dict.get(f"{prefix}cores.{k}") for k in range(len(module.cores))]
     if any(core is None for core in found):
         if f"{prefix}weight" in state_dict:

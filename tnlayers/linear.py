@@ -107,8 +107,7 @@ class Linear(NetworkLayer):
         return self._shaped(self._dense())
 
     def _shaped(self, dense: Tensor) -> Tensor:
-        matrix = dense.reshape(prod(self._row_modes), -1)
-        return matrix[: self.out_features, : self.in_features]
+        return dense.reshape(prod(self._row_modes), -1)[: self.out_features, : self.in_features]
 
     def forward(self, x: Inexact[Tensor, "*batch n"]) -> Inexact[Tensor, "*batch m"]:
         """Return `x W^T + b`, for any leading axes, an empty batch included."""
@@ -143,10 +142,10 @@ class Linear(NetworkLayer):
 
     def _frozen_forms(self, batch: int | None) -> Forms:
         """The dense weight, and the product of two matrices where a cut separates columns from rows."""
-        rows = batch or self._hint or 1024
+        rows = bucket(batch or self._hint or 1024)
         item, out, width = self.cores[0].itemsize, self.out_features, self.in_features
         dense = Form("dense", product_seconds(rows, width, out, item), item * out * width)
-        live = min(plan.forward_seconds for plan in plan_apply(self.network, bucket(rows)))
+        live = min(plan.forward_seconds for plan in self.alternatives(rows))
         cut = best_cut(self.network)
         if cut is None:
             return Forms(live, (dense,))
