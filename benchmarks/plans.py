@@ -110,8 +110,8 @@ def main(count: int) -> None:
     large = [row for row in rows if row["batch"] >= 8]
     table += [[f"{name}, batch >= 8", *summary(large, key)] for name, key in list(choosers.items())[:2]]
     notes = [
-        f"{count} random networks (LowRank, Tucker, TT, TT-matrix; sides 256 to 2048; batch 1 to 2048), float32, forward"
-        " and backward with the gradient of x; every plan measured (20th percentile of interleaved calls). Reach: 95 %"
+        f"{count} random networks (LowRank, Tucker, TT, TT-matrix; sides 256 to 2048; batch 1 to 2048), float32, both"
+        " ways with the gradient of x; every plan measured (20th percentile of interleaved calls). Reach: 95 %"
         " within 1.15, worst 1.5, with a probe allowed."
     ]
     publish("plans", "Choice of the plan", markdown(head, table), rows, notes)

@@ -39,7 +39,7 @@ def test_constants_are_stored_and_found_again(cache):
     rates = calibrate("cpu")
     assert rates_for(KEY) == rates != DEFAULT
     assert rates.call == 1e-3
-    assert rates.gemm[-1] == (1024, 2 * 1024**3 / 1e-3)
+    assert rates.rows[-1] == (1024, 2 * 1024**3 / 1e-3)
     cost._measured.clear()  # a later process
     assert rates_for(KEY) == rates
     assert rates_for(("cpu", "bfloat16")) == rates  # an unmeasured dtype is compared as float32 is
@@ -70,7 +70,7 @@ def test_a_damaged_file_counts_as_absent(cache, content):
     changed = {
         "MACHINE": {"machine": data["machine"]},
         "NEGATIVE": {**data, "stream": -1.0},
-        "UNSORTED": {**data, "gemm": data["gemm"][::-1]},
+        "UNSORTED": {**data, "cols": data["cols"][::-1]},
         "EXTRA": {**data, "more": 1.0},
     }
     path.write_bytes(json.dumps(changed[content]).encode() if content in changed else content.encode("latin-1"))
