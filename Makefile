@@ -4,7 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean help bench-mnist bench-import
+BENCH := .venv-bench
+# the peers' environment where it was made, else our own without peers
+BENCHPY = $(if $(wildcard $(BENCH)/.installed),$(BENCH)/bin/python,$(BIN)/python)
+FULL ?=
+
+.PHONY: demo test lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
+  bench-decompositions bench-gpu
 
 help:
 	@echo "make demo         digits: dense, tensorized and tensor-from-scratch nets; table, figures and a page in runs/"
@@ -12,6 +18,8 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-mnist  the accuracy rows of the README (MNIST=PATH, default ../shared/data/mnist); about 10 minutes"
 	@echo "make bench-import what import tnlayers adds to import torch"
+	@echo "make bench-env    an environment with the peers (tensorly-torch, tntorch, ...), for the next ones"
+	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-plans, bench-gpu   tables into benchmarks/results"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,5 +47,15 @@ bench-mnist: $(STAMP)
 bench-import: $(STAMP)
 	$(BIN)/python benchmarks/imports.py
 
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e . -r benchmarks/requirements.txt
+	touch $@
+
+bench-env: $(BENCH)/.installed
+
+bench-layers bench-convolutions bench-plans bench-decompositions bench-gpu: bench-%: $(STAMP)
+	$(BENCHPY) benchmarks/$*.py $(FULL)
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) runs .pytest_cache .mypy_cache .ruff_cache
