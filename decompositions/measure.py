@@ -86,7 +86,7 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
 
     Example:
         >>> from decompositions import calibrate
-        >>> calibrate("cpu").gemm[-1]  # doctest: +SKIP
+        >>> calibrate("cpu").rows[-1]  # doctest: +SKIP
         (1024, 204000000000.0)
     """
     device = torch.device(device)
@@ -97,14 +97,9 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
     def random(*shape: int) -> Tensor:
         return torch.rand(*shape, device=device).to(dtype)
 
-    def product_rate(size: int) -> float:
-        """FLOP/s with one thin side, the mean over its three roles."""
-        flops = seconds = 0.0
-        for m, k, n in ((size, 1024, 1024), (1024, size, 1024), (1024, 1024, size)):
-            a, b = random(m, k), random(k, n)
-            seconds += _quantile(lambda a=a, b=b: torch.mm(a, b), device)  # type: ignore[misc]
-            flops += 2 * m * k * n
-        return flops / seconds
+    def product_rate(m: int, k: int, n: int) -> float:
+        a, b = random(m, k), random(k, n)
+        return 2 * m * k * n / _quantile(lambda: torch.mm(a, b), device)
 
     def batched_rate(size: int) -> float:
         wide = max(64, size)
@@ -113,6 +108,7 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
         return 2 * count * size * size * wide / _quantile(lambda: torch.bmm(a, b), device)
 
     sizes = (1, 4, 8, 16, 32, 64, 256)
+    wide = 1024
     numbers = (16 << 20) // dtype.itemsize
     block = BLOCK_BYTES // dtype.itemsize
     side = int((numbers // block) ** 0.5)
@@ -124,7 +120,9 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
     moved = 2 * dtype.itemsize
     rates = Rates(
         call=_quantile(lambda: contract("ab,bc->ac", small, small), device),
-        gemm=(*((size, product_rate(size)) for size in sizes), (1024, product_rate(1024))),
+        rows=tuple((size, product_rate(size, wide, wide)) for size in (*sizes, wide)),
+        depth=tuple((size, product_rate(wide, size, wide)) for size in (*sizes, wide)),
+        cols=tuple((size, product_rate(wide, wide, size)) for size in (*sizes, wide)),
         batched=tuple((size, batched_rate(size)) for size in sizes),
         stream=moved * flat.numel() / _quantile(lambda: into.copy_(flat), device),
         blocks=moved * flat.numel() / _quantile(lambda: into.view(side, side, block).copy_(blocks), device),

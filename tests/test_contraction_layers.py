@@ -38,11 +38,14 @@ def test_regression_with_every_network_by_every_plan(case):
     net = case()
     x = torch.randn(4, *net.col_modes, dtype=torch.float64, requires_grad=True)
     wanted = torch.einsum("bj,ij->bi", x.flatten(1), to_dense(net).reshape(prod(net.row_modes), -1))
-    for rows in (1, 4096):
-        layer = tnlayers.TensorRegression(net.col_modes, net.row_modes, bias=False, network=net)
-        layer._plans = {4: layer._make_plan(rows)}
-        assert torch.allclose(layer(x).flatten(1), wanted, atol=1e-10)
-    same(layer, layer.to_dense_module(), x.detach(), torch.float64)
+    layer = tnlayers.TensorRegression(net.col_modes, net.row_modes, network=net)
+    dense = layer.to_dense_module()
+    for plan in layer.alternatives(4):
+        layer._forced = plan
+        assert torch.allclose(layer(x).flatten(1) - layer.bias, wanted, atol=1e-10)
+        layer.zero_grad()
+        dense.zero_grad()
+        same(layer, dense, x.detach(), torch.float64)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -43,7 +43,7 @@ def test_at_full_rank_by_every_plan(recipe, settings):
     plans = layer._plans_at(2, (8, 8))
     assert any(plan.strategy == "merge" for plan in plans)
     for plan in plans:
-        layer._plans = {(2, 8, 8): plan}
+        layer._forced = plan
         layer.zero_grad()
         dense.zero_grad()
         same(layer, dense, x, torch.float64)
@@ -59,7 +59,7 @@ def test_one_two_and_three_dimensions(recipe, dims, dtype):
     layer = LAYERS[dims - 1].from_dense(dense, recipe)
     x = torch.randn(2, 4, *(5, 4, 3)[:dims], dtype=dtype)
     for plan in layer._plans_at(2, (8, 4, 4)[:dims]):
-        layer._plans = {(2, *(8, 4, 4)[:dims]): plan}
+        layer._forced = plan
         layer.zero_grad()
         dense.zero_grad()
         same(layer, dense, x, dtype)
@@ -77,7 +77,7 @@ def test_it_is_the_transpose_of_the_convolution_with_the_same_network():
         for layer, side in ((conv, (16, 8)), (back, (8, 4)))
     ]
     assert all(chains)
-    conv._plans, back._plans = {(2, 16, 8): chains[0][0]}, {(2, 8, 4): chains[1][0]}
+    conv._forced, back._forced = chains[0][0], chains[1][0]
     one, other = (conv(x) * y).sum(), (x * back(y, output_size=x.shape)).sum()
     assert float((one - other).detach()) == pytest.approx(0, abs=1e-10)
 
@@ -156,7 +156,7 @@ def test_networks_that_do_not_line_up_are_merged():
     x = torch.randn(2, 6, 5, 5)
     wanted = F.conv_transpose2d(x, torch.einsum("or,cr,hr,wr->ochw", a, b, c, d), layer.bias)
     for plan in layer._plans_at(2, (8, 8)):
-        layer._plans = {(2, 8, 8): plan}
+        layer._forced = plan
         assert torch.allclose(layer(x), wanted, atol=1e-4)
 
 
@@ -166,10 +166,19 @@ def test_empty_batches_and_complex_kernels_by_every_plan(dtype):
     layer = tnlayers.ConvTranspose2d.from_dense(dense, partial(ttm_svd, order=2))
     x = torch.randn(2, 4, 8, 8, dtype=dtype)
     for plan in layer._plans_at(2, (8, 8)):
-        layer._plans = {(rows, 8, 8): plan for rows in (1, 2)}
+        layer._forced = plan
         assert layer(x[:0]).shape == (0, 2, 17, 15)
         assert torch.allclose(layer(x), dense(x), atol=1e-10)
         layer(x).abs().sum().backward()
+
+
+def test_backward_recomputes_on_demand():
+    layer = tnlayers.ConvTranspose2d(8, 6, 3, stride=2, network=tnlayers.random_network(Tucker, rank=4))
+    x = torch.randn(2, 8, 4, 4)
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), layer.cores[0])
+    layer.plan(batch=2, memory="recompute")
+    (again,) = torch.autograd.grad(layer(x).square().sum(), layer.cores[0])
+    assert torch.allclose(wanted, again, atol=1e-4)
 
 
 def test_low_precision():
@@ -192,6 +201,7 @@ def test_bad_settings_and_input_are_refused_by_name(unchecked):
         ({"padding": -1}, "padding needs 2 integers >= 0"),
         ({"groups": 3}, "groups must divide"),
         ({"stride": 0}, "stride needs 2 integers >= 1"),
+        ({"stride": 2.0}, "stride needs 2 integers >= 1"),
         ({"dilation": (1, 1, 1)}, "dilation needs 2 integers"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -200,8 +210,9 @@ def test_bad_settings_and_input_are_refused_by_name(unchecked):
     for shape in ((2, 3, 8, 8), (4, 8), (2, 2, 4, 8, 8)):
         with pytest.raises(ValueError, match="with 4 channels"):
             layer(torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"at least one position, got \(-1, 2\)"):
-        layer(torch.zeros(1, 4, 5, 8))
+    for shape, got in (((1, 4, 5, 8), r"\(5, 8\) -> \(-1, 2\)"), ((1, 4, 0, 8), r"\(0, 8\) ->")):
+        with pytest.raises(ValueError, match=f"at least one position, got {got}"):
+            layer(torch.zeros(shape))
 
 
 def test_ranks_change_and_gradcheck():

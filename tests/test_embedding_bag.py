@@ -13,7 +13,7 @@ from torch import nn
 import tnlayers
 from decompositions import LowRank, TTMatrix, svd, ttm_svd
 from decompositions import round as cut
-from tnlayers.layer import Shapes
+from tnlayers.layer import Shapes, probed
 
 MODES = ("sum", "mean", "max")
 
@@ -28,7 +28,7 @@ def same(layer: tnlayers.EmbeddingBag, *args: torch.Tensor | None, weights: torc
     strategies = set()
     for plan in layer._bag_plans(64, 8):
         strategies.add(plan.strategy)
-        layer._plan_for_bags = lambda tokens, bags, plan=plan: plan
+        layer._forced = plan
         ours = None if weights is None else weights.clone().requires_grad_()
         layer.zero_grad()
         y = layer(*args, per_sample_weights=ours)
@@ -39,7 +39,7 @@ def same(layer: tnlayers.EmbeddingBag, *args: torch.Tensor | None, weights: torc
             assert torch.allclose(core.grad, gradient, atol=1e-9 * float(1 + gradient.abs().max()))
         if ours is not None:
             assert torch.allclose(ours.grad, theirs.grad, atol=1e-9)
-    del layer._plan_for_bags
+    layer._forced = None
     assert strategies == {"merge", "rows"} | (set() if layer.mode == "max" else {"sums"})
     return z
 
@@ -85,7 +85,7 @@ def test_bags_of_nothing():
         network = tnlayers.random_network(format, 3, **options)
         layer = tnlayers.EmbeddingBag(16, 6, mode=mode, padding_idx=2, network=network)
         for plan in layer._bag_plans(4, 4):
-            layer._plan_for_bags = lambda tokens, bags, plan=plan: plan
+            layer._forced = plan
             none = torch.zeros(0, dtype=torch.long)
             for y, bags in (
                 (layer(none, none), 0),
@@ -120,6 +120,17 @@ def test_plans_are_made_for_what_was_seen():
     assert (layer._hint, layer._hint_length) == (64, 9)
     assert layer.sample_flops(Shapes((64, 9), (64, 32))) == layer.flops(1, 9)
     assert layer.dense_flops((1000, 32), Shapes((64, 9), (64, 32))) == 9 * 32
+
+
+def test_explain_and_probes():
+    layer = tnlayers.EmbeddingBag(100, 16, network=tnlayers.random_network(LowRank, rank=4))
+    try:
+        assert layer.plan(batch=8, probe=True) in layer.alternatives(8)
+    finally:
+        probed.clear()
+    text = tnlayers.explain(layer, batch=8)
+    assert all(name in text for name in ("sums", "rows", "merge"))
+    assert "merging costs" not in text  # a dense table is read, not multiplied
 
 
 @pytest.mark.parametrize("mode", MODES)

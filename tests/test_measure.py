@@ -39,7 +39,7 @@ def test_constants_are_stored_and_found_again(cache):
     rates = calibrate("cpu")
     assert rates_for(KEY) == rates != DEFAULT
     assert rates.call == 1e-3
-    assert rates.gemm[-1] == (1024, 2 * 1024**3 / 1e-3)
+    assert rates.rows[-1] == (1024, 2 * 1024**3 / 1e-3)
     cost._measured.clear()  # a later process
     assert rates_for(KEY) == rates
     assert rates_for(("cpu", "bfloat16")) == rates  # an unmeasured dtype is compared as float32 is
@@ -70,7 +70,7 @@ def test_a_damaged_file_counts_as_absent(cache, content):
     changed = {
         "MACHINE": {"machine": data["machine"]},
         "NEGATIVE": {**data, "stream": -1.0},
-        "UNSORTED": {**data, "gemm": data["gemm"][::-1]},
+        "UNSORTED": {**data, "cols": data["cols"][::-1]},
         "EXTRA": {**data, "more": 1.0},
     }
     path.write_bytes(json.dumps(changed[content]).encode() if content in changed else content.encode("latin-1"))
@@ -192,7 +192,7 @@ def test_explain_disturbs_nothing(layer):
         tnlayers.explain(layer, batch=0)
 
 
-def test_explain_of_something_else():
+def test_explain_of_something_else(unchecked):
     with pytest.raises(TypeError, match="expected a layer of tnlayers, got Linear"):
         tnlayers.explain(torch.nn.Linear(2, 2))
 
@@ -267,3 +267,17 @@ def test_cached_folder_is_the_user_s_own(monkeypatch):
 def test_low_rank_keeps_its_small_result_only():
     net = LowRank.random(row_modes=(256,), col_modes=(256,), rank=8, device="meta")
     assert plan_apply(net, 64)[0].kept < 4 * (3 * 64 * 8 + 2 * 256 * 8)
+
+
+def test_new_layers_are_made_after_a_probe():
+    """A plan is looked up by settings while a layer is still being built: its bias is not there yet."""
+    make = tnlayers.random_network(TTMatrix, rank=2, order=2)
+    try:
+        tnlayers.Linear(16, 16, network=make).plan(batch=4, probe=True)
+        assert layer_module.probed
+        for bias in (True, False):
+            assert (tnlayers.Linear(16, 16, bias, network=make).bias is not None) == bias
+            assert (tnlayers.Conv2d(4, 4, 3, bias=bias, network=make).bias is not None) == bias
+            assert (tnlayers.TensorContraction((4, 4), (2, 2), bias).bias is not None) == bias
+    finally:
+        layer_module.probed.clear()

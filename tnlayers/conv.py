@@ -85,7 +85,7 @@ class ConvolutionLayer(NetworkLayer):
         self._reset_rest()
 
     def _per_axis(self, what: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
-        values = (value,) * self.spatial_dims if isinstance(value, int) else tuple(value)
+        values = tuple(value) if isinstance(value, Sequence) else (value,) * self.spatial_dims
         if len(values) != self.spatial_dims or any(not isinstance(v, int) or v < least for v in values):
             raise ValueError(
                 f"{type(self).__name__}: {what} needs {self.spatial_dims} integers >= {least}, got {value!r}"

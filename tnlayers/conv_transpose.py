@@ -106,19 +106,19 @@ class _ConvTransposeNd(ConvolutionLayer):
         spatial = x.shape[-self.spatial_dims :]
         least = self._least_spatial(spatial)
         extra = self.output_padding if output_size is None else self._extra(output_size, least, x.ndim)
-        if any(low + more < 1 for low, more in zip(least, extra, strict=True)):
-            got = tuple(low + more for low, more in zip(least, extra, strict=True))
+        out = tuple(low + more for low, more in zip(least, extra, strict=True))
+        if min(spatial) < 1 or min(out) < 1:
             raise ValueError(
-                f"{type(self).__name__}: the output must have at least one position, got {got} for x of "
-                f"{tuple(x.shape)} with padding={self.padding}"
+                f"{type(self).__name__}: x and y must have at least one position, got {tuple(spatial)} -> {out} for x "
+                f"of {tuple(x.shape)} with padding={self.padding}"
             )
         y = self._recomputed(lambda x: self._transpose(x, extra), x if batched else x.unsqueeze(0))
         return y if batched else y.squeeze(0)
 
     def _extra(self, output_size: Sequence[int], least: Sequence[int], ndim: int) -> tuple[int, ...]:
         """Output padding that gives the size asked for."""
-        sizes = tuple(output_size)
         name = type(self).__name__
+        sizes = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,)
         if len(sizes) == ndim:
             sizes = sizes[-self.spatial_dims :]
         if len(sizes) != self.spatial_dims:

@@ -1,6 +1,7 @@
 """Why a layer runs as it does: every plan it considered, with predicted and measured times."""
 
 import time
+from math import prod
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ def explain(layer: NetworkLayer, batch: int | None = None, *, measured: bool = F
 
 def layer_floor(layer: NetworkLayer, batch: int) -> float | None:
     """Least time of this layer's merged weight relative to the dense layer; None where it is not one matrix product."""
-    return merge_floor(layer.network, batch) if len(layer.weight_shape) == 2 and layer.sample_flops(None) else None
+    product = layer.dense_flops(layer.weight_shape, None) == 2 * prod(layer.weight_shape)  # a table is read, not so
+    return merge_floor(layer.network, batch) if len(layer.weight_shape) == 2 and product else None
 
 
 def _ms(seconds: float) -> str:

@@ -85,6 +85,7 @@ class NetworkLayer(Freezable):
         self.weight_shape, self._std = weight_shape, std
         self._plans: dict[Any, Any] = {}
         self._hint: int | None = None
+        self.bias = None  # a subclass gives itself one afterwards; plans look at the settings before
         asked = dtype, None if device is None else torch.device(device).type
         dtype = torch.get_default_dtype() if dtype is None else dtype
         device = torch.get_default_device() if device is None else torch.device(device)

@@ -1,8 +1,9 @@
 """What a contraction costs on a device: a model with few measured constants, for comparing plans.
 
-seconds = calls x overhead + FLOPs / (GEMM rate at that smallest dimension) + bytes copied / (rate of such copies).
-FLOPs alone mislead: a product with a thin side runs at a fraction of the peak, and moving the last axis of a tensor is
-an order slower than reading it. The constants below stand in until `calibrate` has measured the machine's own.
+seconds = calls x overhead + FLOPs / (rate of a product of that shape) + bytes copied / (rate of such copies).
+FLOPs alone mislead: a product with a thin side runs at a fraction of the peak (which side matters), and moving the last
+axis of a tensor is an order slower than reading it. The constants below stand in until `calibrate` has measured the
+machine's own.
 """
 
 import hashlib
@@ -27,8 +28,10 @@ class Rates(NamedTuple):
     """Constants of one device, dtype and number of threads."""
 
     call: float  # seconds to start one operation
-    gemm: Table  # smallest dimension of a matrix product -> FLOP/s
-    batched: Table  # the same of one product in a batch
+    rows: Table  # FLOP/s of a matrix product (m, k) x (k, n) with n and k large, by m
+    depth: Table  # the same by k
+    cols: Table  # the same by n, the last axis of the result
+    batched: Table  # FLOP/s of products in a batch, by the smallest dimension of one
     stream: float  # bytes/s of reading and writing in order
     blocks: float  # bytes/s of a permuted copy that keeps runs of BLOCK_BYTES together
     scatter: float  # bytes/s of a permuted copy that moves every number on its own
@@ -37,7 +40,9 @@ class Rates(NamedTuple):
 # One CPU class (two cores, float32). Only ratios matter for a choice between plans.
 DEFAULT = Rates(
     call=4e-6,
-    gemm=((1, 15e9), (4, 35e9), (8, 55e9), (16, 80e9), (32, 110e9), (64, 130e9), (256, 180e9), (1024, 200e9)),
+    rows=((1, 36e9), (4, 40e9), (8, 80e9), (16, 110e9), (32, 130e9), (64, 150e9), (256, 185e9), (1024, 200e9)),
+    depth=((1, 35e9), (4, 24e9), (8, 48e9), (16, 90e9), (32, 120e9), (64, 150e9), (256, 185e9), (1024, 200e9)),
+    cols=((1, 35e9), (4, 20e9), (8, 38e9), (16, 90e9), (32, 120e9), (64, 140e9), (256, 185e9), (1024, 200e9)),
     batched=((1, 8e9), (4, 35e9), (8, 60e9), (16, 80e9), (32, 120e9), (64, 150e9), (256, 180e9)),
     stream=50e9,
     blocks=60e9,
@@ -158,7 +163,10 @@ def product_cost(
     count = prod(sizes[label] for label in prefix)
     m, n = (prod(sizes[label] for label in own) for own in blocks)
     depth = prod(sizes[label] for label in summed)
-    total += flops / rate_at(rates.batched if count > 1 else rates.gemm, min(m, n, depth))
+    if count > 1:
+        total += flops / rate_at(rates.batched, min(m, n, depth))
+    else:
+        total += flops / min(rate_at(rates.rows, m), rate_at(rates.depth, depth), rate_at(rates.cols, n))
     return Cost(total, flops, copied)
 
 
@@ -226,11 +234,14 @@ def _load(path: Path, machine: str) -> Rates | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("machine") != machine:
             return None
-        gemm, batched = (tuple((int(size), float(rate)) for size, rate in data.pop(k)) for k in ("gemm", "batched"))
+        rows, depth, cols, batched = (
+            tuple((int(size), float(rate)) for size, rate in data.pop(k)) for k in ("rows", "depth", "cols", "batched")
+        )
         numbers = {name: float(value) for name, value in data.items()}
-        rates = Rates(gemm=gemm, batched=batched, **numbers)
-        positive = [*numbers.values(), *(rate for _, rate in gemm + batched)]
-        rising = [[size for size, _ in table] for table in (gemm, batched)]
+        rates = Rates(rows=rows, depth=depth, cols=cols, batched=batched, **numbers)
+        tables = (rows, depth, cols, batched)
+        positive = [*numbers.values(), *(rate for table in tables for _, rate in table)]
+        rising = [[size for size, _ in table] for table in tables]
         sound = all(isfinite(x) and x > 0 for x in positive) and all(o and o == sorted(set(o)) for o in rising)
         return rates if sound else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

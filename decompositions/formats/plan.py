@@ -22,7 +22,7 @@ from torch import Tensor
 from decompositions.formats.contract import constant_while_tracing, contract
 from decompositions.formats.cost import Cost, Rates, copy_seconds, product_cost, rates_for
 from decompositions.formats.network import Labels, Network
-from decompositions.formats.search import Chain, search_backward, search_chains
+from decompositions.formats.search import Chain, core_gradient, search_backward, search_chains
 
 BATCH = "@"
 """Label of the flattened batch axis of a layer's input."""
@@ -189,8 +189,11 @@ class _Builder:
     def forward(self, strategy: str) -> Plan:
         return Plan(strategy, tuple(self.steps), self.flops, self.bytes, self.seconds, self.seconds)
 
-    def differentiate(self, strategy: str, found: Chain | None = None) -> Plan:
-        """Append the backward steps; along a chain in the layouts that `search_backward` chose."""
+    def differentiate(self, strategy: str, found: Chain | None = None, plain: int = 0) -> Plan:
+        """Append the backward steps; along a chain in the layouts that `search_backward` chose.
+
+        The gradients of the last `plain` steps are laid out like their operands.
+        """
         forward, count, flops, moved, seconds = (
             tuple(self.steps),
             len(self.labels),
@@ -209,7 +212,13 @@ class _Builder:
             if right < 0:
                 gradient[left] = self.append(gradient[out], -1, self.labels[left])
                 continue
-            before, core, summed = plan.get(position, (self.labels[left], self.labels[right], 0))
+            if position in plan:
+                before, core, summed = plan[position]
+            elif position >= len(forward) - plain:
+                before, core, summed = self.labels[left], self.labels[right], 0
+            else:
+                before, sides = self.labels[left], (self.labels[left], self.labels[gradient[out]], self.labels[right])
+                _, core, summed = core_gradient(*sides, self.sizes, self.itemsize, self.rates)
             gradient[left] = self.append(gradient[out], right, before)
             weight = self.append(left, gradient[out], core)
             if summed:
@@ -285,7 +294,7 @@ def _merge_plan(build: _Builder, outer: Labels, inner: Labels) -> Plan:
     weight = build.path(range(1, len(build.labels)), order)
     position = len(build.steps) - 1
     build.contract(0, weight, build.output)
-    plan = build.differentiate("merge")
+    plan = build.differentiate("merge", plain=2)
     sizes, item, rates = build.sizes, build.itemsize, build.rates
     size = item * build.numel(order)
     if position < 0 or build.steps[position].right < 0 or not outer or size <= CHUNK_BYTES // 16:

@@ -251,7 +251,7 @@ def _least_seconds(
     start: Labels, names: Sequence[Labels], end: Labels, sizes: Mapping[str, int], rates: Rates
 ) -> float | None:
     """Cheapest order of absorption when only FLOPs and calls count: a lower bound for the ranking of groupings."""
-    peak = rates.gemm[-1][1]
+    peak = rates.depth[-1][1]
     best: dict[tuple[frozenset[str], tuple[int, ...]], float] = {}
     heap = [(0.0, 0, frozenset(start), tuple(range(len(names))))]
     ticket = count(1)
@@ -269,7 +269,7 @@ def _least_seconds(
             after = involved & _needed(names, rest, end) | (involved & set(end))
             smallest = min(prod(sizes[x] for x in held & set(names[k])), prod(sizes[x] for x in involved))
             flops = 2 * prod(sizes[label] for label in involved)
-            total = seconds + rates.call + flops / max(peak / 8, rate_at(rates.gemm, max(1, smallest)))
+            total = seconds + rates.call + flops / max(peak / 8, rate_at(rates.depth, max(1, smallest)))
             key = (after, rest)
             if total < best.get(key, float("inf")):
                 best[key] = total
@@ -340,7 +340,7 @@ def search_backward(
         needed = frozenset(product.before)
         following: dict[Labels, tuple[float, list[Return]]] = {}
         for order, (seconds, trail) in states.items():
-            weight_cost, weight_order, summed = _core_gradient(product.before, order, core, sizes, itemsize, rates)
+            weight_cost, weight_order, summed = core_gradient(product.before, order, core, sizes, itemsize, rates)
             for cost, before in _moves(order, core, needed, sizes, itemsize, rates):
                 total = seconds + cost.seconds + weight_cost
                 if before not in following or total < following[before][0]:
@@ -356,7 +356,7 @@ def search_backward(
     return best[1][1]
 
 
-def _core_gradient(
+def core_gradient(
     before: Labels, gradient: Labels, core: Labels, sizes: Mapping[str, int], itemsize: int, rates: Rates
 ) -> tuple[float, Labels, int]:
     """Best product of x's side and the gradient that gives the core's gradient; some labels may be summed after it."""
