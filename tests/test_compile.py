@@ -187,6 +187,11 @@ def test_frozen_models_compile_and_come_back():
     assert counter.frame_count == 2
 
 
+def test_disabled():
+    layer = tnlayers.Linear(16, 16, network=tnlayers.random_network(LowRank, 4))
+    assert torch.allclose(tnlayers.compile(layer, disable=True)(torch.ones(2, 16)), layer(torch.ones(2, 16)))
+
+
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         tnlayers.compile(lambda x: x)

@@ -491,3 +491,19 @@ def test_a_model_that_contains_itself_is_refused():
     model.add_module("self", model)
     with pytest.raises(ValueError, match="contain itself"):
         tnlayers.tensorize(model, partial(svd, rank=1))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_conversion_inside_autocast_keeps_the_precision(low):
+    """What is decomposed or merged in an autocast region has the numbers it would have outside."""
+    dense = nn.Sequential(nn.Linear(32, 24), nn.Conv2d(4, 6, 3), nn.Embedding(30, 8), nn.EmbeddingBag(30, 8))
+    recipes = {"0": svd, "1": tucker2, "2": partial(ttm_svd, order=2), "3": svd}
+    plain, inside = copy.deepcopy(dense), copy.deepcopy(dense)
+    tnlayers.tensorize(plain, recipes, skip_if_no_gain=False)
+    with torch.autocast("cpu", dtype=low):
+        tnlayers.tensorize(inside, recipes, skip_if_no_gain=False)
+        tnlayers.densify(inside)
+    tnlayers.densify(plain)
+    for one, other, original in zip(plain, inside, dense, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.allclose(other.weight, original.weight, atol=1e-5)

@@ -46,8 +46,9 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
         layer.pin_plan()
         _mark_bonds(layer)
     compiled: Any = torch.compile(model, **options)
-    # Entered and left around each call by the very wrapper that torch.compile returns, as for its own `dynamic=`.
-    compiled.dynamo_ctx.enter_exit_hooks.append(_dynamic_bonds)
+    if compiled is not model:  # it is under disable=True
+        # entered and left around each call by the very wrapper that torch.compile returns, as for its own `dynamic=`
+        compiled.dynamo_ctx.enter_exit_hooks.append(_dynamic_bonds)
     return compiled
 
 

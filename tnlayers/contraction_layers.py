@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from decompositions import Network, Plan, TTMatrix, as_operator, plan_apply
 from decompositions.formats.program import multiply
 from tnlayers.init import RandomNetwork, default_std, random_network
-from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
+from tnlayers.layer import (
+    NetworkFactory,
+    NetworkLayer,
+    Recipe,
+    Shapes,
+    copy_settings,
+    exactly,
+    run_recipe,
+    unchanged_rng,
+)
 
 L = TypeVar("L", bound="TensorRegression")
 
@@ -203,7 +212,7 @@ class TensorRegression(NetworkLayer):
         first = self.cores[0]
         with unchanged_rng(first.device):
             dense = FlatLinear(self.in_modes, self.out_modes, self.bias is not None, first.device, first.dtype)
-        with torch.no_grad():
+        with torch.no_grad(), exactly(first.device):
             dense.weight.copy_(self.weight)
         copy_settings(self, dense, first, self.bias)
         return dense

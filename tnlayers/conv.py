@@ -20,6 +20,7 @@ from tnlayers.layer import (
     Recipe,
     Shapes,
     copy_settings,
+    exactly,
     probed,
     run_recipe,
     spectral_bound,
@@ -124,7 +125,7 @@ class ConvolutionLayer(NetworkLayer):
             dense: Any = self.dense_class(
                 **settings, bias=self.bias is not None, device=first.device, dtype=first.dtype
             )
-        with torch.no_grad():
+        with torch.no_grad(), exactly(first.device):
             dense.weight.copy_(self.weight)
         copy_settings(self, dense, first, self.bias)
         return dense

@@ -12,7 +12,16 @@ from decompositions import Network
 from decompositions.formats.cost import rates_for
 from decompositions.formats.plan import BATCH, Plan, bucket, plan_dense, plan_path, run
 from tnlayers.frozen import Form, Forms, frozen_weight, merge
-from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
+from tnlayers.layer import (
+    NetworkFactory,
+    NetworkLayer,
+    Recipe,
+    Shapes,
+    copy_settings,
+    exactly,
+    run_recipe,
+    unchanged_rng,
+)
 
 T = TypeVar("T", bound="TableLayer")
 
@@ -93,7 +102,7 @@ class TableLayer(NetworkLayer):
         first = self.cores[0]
         with unchanged_rng(first.device):
             dense: Any = self.dense_class(**self.settings(), device=first.device, dtype=first.dtype)
-        with torch.no_grad():
+        with torch.no_grad(), exactly(first.device):
             dense.weight.copy_(self.weight)
         copy_settings(self, dense, first, None)
         return dense

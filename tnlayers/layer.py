@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from math import prod, sqrt
 from typing import Any, NamedTuple
 
@@ -404,6 +404,13 @@ def spectral_bound(matrix: Tensor) -> float:
     return sqrt(max(0.0, float(torch.linalg.eigvalsh(gram(wide))[-1])))
 
 
+def exactly(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off: what is decomposed, merged or stored keeps the precision of its numbers."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def unchanged_rng(device: torch.device) -> AbstractContextManager[None]:
     """Keep the global generators as they are while throw-away initial values are drawn."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -423,7 +430,7 @@ def copy_settings(source: nn.Module, target: nn.Module, weight: Tensor, bias: Te
 
 def run_recipe(name: str, recipe: Recipe, weight: Tensor) -> Network:
     """Call a recipe on a copy, without autograd; take the network of a (network, error) pair and check it."""
-    with torch.no_grad():
+    with torch.no_grad(), exactly(weight.device):
         made = recipe(weight.detach().clone())
     net = made[0] if isinstance(made, tuple) else made
     if not isinstance(net, Network):

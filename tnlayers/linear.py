@@ -12,7 +12,16 @@ from decompositions.formats.plan import bucket
 from decompositions.formats.program import multiply
 from tnlayers.frozen import Form, Forms, best_cut, frozen_linear, merge, product_seconds
 from tnlayers.init import default_std
-from tnlayers.layer import NetworkFactory, NetworkLayer, Recipe, Shapes, copy_settings, run_recipe, unchanged_rng
+from tnlayers.layer import (
+    NetworkFactory,
+    NetworkLayer,
+    Recipe,
+    Shapes,
+    copy_settings,
+    exactly,
+    run_recipe,
+    unchanged_rng,
+)
 
 
 class Linear(NetworkLayer):
@@ -96,7 +105,7 @@ class Linear(NetworkLayer):
             dense = nn.Linear(
                 self.in_features, self.out_features, self.bias is not None, device=first.device, dtype=first.dtype
             )
-        with torch.no_grad():
+        with torch.no_grad(), exactly(first.device):
             dense.weight.copy_(self.weight)
         copy_settings(self, dense, first, self.bias)
         return dense
