@@ -181,17 +181,21 @@ def frozen(gate: Gate, quick: bool) -> dict[str, Any]:
             for layer in layers.values():
                 tnlayers.freeze(layer.eval(), batch=batch)
             with torch.inference_mode():
-                calls = {name: many(layer, x) for name, layer in layers.items()}
-                base, ratios = compare(many(dense, x), calls, gate, budget=0.3 if quick else 1.0, most=200)
+                count = enough(dense, x)  # the same number of calls for all
+                calls = {name: many(layer, x, count) for name, layer in layers.items()}
+                base, ratios = compare(many(dense, x, count), calls, gate, budget=0.3 if quick else 1.0, most=200)
             for name, row in ratios.items():
                 found[f"frozen {name} {width} b{batch}"] = {**row, "dense": base, "strategy": "frozen"}
     return found
 
 
-def many(layer: nn.Module, x: Tensor, least: float = 2e-4) -> Callable[[], object]:
-    """Enough calls for a clock of microseconds."""
+def enough(layer: nn.Module, x: Tensor, least: float = 2e-4) -> int:
+    """How many calls a clock of microseconds needs."""
     layer(x)
-    count = max(1, round(least / low([seconds(lambda: layer(x)) for _ in range(9)])))
+    return max(1, round(least / low([seconds(lambda: layer(x)) for _ in range(9)])))
+
+
+def many(layer: nn.Module, x: Tensor, count: int) -> Callable[[], object]:
     return lambda: [layer(x) for _ in range(count)]
 
 

@@ -310,6 +310,7 @@ def _merge_plan(build: _Builder, outer: Labels, inner: Labels) -> Plan:
         back -= product_cost(order, other, one, sizes, item, rates).seconds
     return plan._replace(
         chunk=max(1, CHUNK_BYTES // (item * build.numel(inner))),
+        kept=size,
         forward_seconds=plan.forward_seconds + once + copy,
         seconds=plan.seconds + once + 2 * copy + back,
     )

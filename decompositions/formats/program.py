@@ -96,9 +96,8 @@ class _Planned(torch.autograd.Function):
         kept: list[Any] | None = None if recompute else []
         y = _forward(plan, x, cores, bias, kept)
         needed = _needed(plan, tuple(ctx.needs_input_grad[k] for k in (2, *range(4, 4 + len(cores)))))
-        used = set(needed[1])
-        if plan.chunk:
-            used.update(plan.steps[-2][:2])  # slices of the weight are cut from its two factors
+        # of a merged weight only the slices are kept: its factors are products of cores, cheap to make again
+        used = needed[1] if not plan.chunk else {plan.steps[-1].right} & needed[1]
         held: list[Tensor] = []
         ctx.slots = []
         for position, value in enumerate(kept or []):
@@ -122,7 +121,7 @@ class _Planned(torch.autograd.Function):
         if bias is not None and wants[3]:
             grads[3] = gradient.sum(0).reshape(bias.shape)
         values: list[Any] = [x, *cores] + [None] * len(plan.steps)
-        if ctx.recompute:
+        if ctx.recompute or plan.chunk:
             for position, (left, right, equation) in enumerate(plan.steps[: -2 if plan.chunk else -1]):
                 result = contract(equation, values[left], None if right < 0 else values[right])
                 values[1 + ctx.count + position] = result
