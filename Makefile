@@ -56,8 +56,11 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 
 bench-env: $(BENCH)/.installed
 
-bench-layers bench-convolutions bench-plans bench-decompositions bench-gpu: bench-%: $(STAMP)
+bench-layers bench-convolutions bench-plans bench-gpu: bench-%: $(STAMP)
 	$(BENCHPY) benchmarks/$*.py $(FULL)
+
+bench-decompositions: $(STAMP)
+	$(BENCHPY) benchmarks/decomposition.py $(FULL)
 
 clean:
 	rm -rf $(VENV) $(BENCH) runs .pytest_cache .mypy_cache .ruff_cache
