@@ -70,33 +70,30 @@ def compare(
     reference: Call, candidates: dict[str, Call], gate: Gate, *, budget: float = 6.0, least: int = 7, most: int = 60
 ) -> tuple[float, dict[str, dict[str, float]]]:
     """Seconds of the reference, and for every candidate `ratio` (20th percentiles), `median` of pairs and `seconds`."""
-    for call in (reference, *candidates.values()):
-        call()
-        call()
-    base: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    pairs: dict[str, list[float]] = {name: [] for name in candidates}
-    start = time.monotonic()
-    while len(base) < least or (time.monotonic() - start < budget and len(base) < most):
-        gate.pass_through()
+    found, bases = {}, []
+    for name, call in candidates.items():  # one by one: both operands of a comparison are as warm in the caches
+        for warm in (reference, call, reference, call):
+            warm()
+        base: list[float] = []
+        times: list[float] = []
+        pairs: list[float] = []
+        start = time.monotonic()
         before = seconds(reference)
-        base.append(before)
-        for name, call in candidates.items():
+        while len(times) < least or (time.monotonic() - start < budget / len(candidates) and len(times) < most):
+            gate.pass_through()
             now = seconds(call)
             after = seconds(reference)
             base.append(after)
-            times[name].append(now)
-            pairs[name].append(2 * now / (before + after))
+            times.append(now)
+            pairs.append(2 * now / (before + after))
             before = after
-    found = {
-        name: {
-            "ratio": low(times[name]) / low(base),
-            "median": statistics.median(pairs[name]),
-            "seconds": low(times[name]),
+        bases.append(low(base))
+        found[name] = {
+            "ratio": low(times) / low(base),
+            "median": statistics.median(pairs),
+            "seconds": low(times),
         }
-        for name in candidates
-    }
-    return low(base), found
+    return statistics.median(bases), found
 
 
 def gemm_rate(size: int = 2048) -> float:
