@@ -29,8 +29,8 @@ SINGLE_GRAM_ERROR = 1e-6
 """What rounding may add to a sum of eigenvalues of a float32 Gram matrix, relative to the trace (measured: 1e-8 to
 6e-7, the latter for constants)."""
 
-ENOUGH = 1.002
-"""Certified ratio of a Krylov space's error to the best of that rank; what is really lost is ten times less."""
+ENOUGH = 1.005
+"""Certified ratio of a Krylov space's error to the best of that rank; the true ratio is nearer to 1 by ten or more."""
 
 UNLIKELY = 0.5
 """What chi-squared with 8 degrees of freedom (one for each probe) stays below once in 7,000 draws."""
@@ -196,22 +196,25 @@ def _from_krylov(x: Tensor, cap: int, budget: float | None, share: int) -> Basis
     fixed = budget is None or cap * share <= m
     if budget is None and not fixed:
         return None
-    block = max(8, 3 * cap // 8) if fixed else 16
+    block = max(8, cap // 2) if fixed else 16
     limit = 4 * cap + 4 * block if fixed else m // (share // 2)
     size = frobenius(matrix)
+    total = size**2
     if size == 0 or limit < 2 * block:
         return None
     generator = torch.Generator(x.device).manual_seed(0)
     for space in block_krylov(
-        matrix, block, limit=limit, watch=cap - block if fixed else 0, size=size, generator=generator
+        matrix, block, limit=limit, watch=3 * cap // 2 if fixed else 0, size=size, generator=generator
     ):
-        dimension = space.basis.shape[0]
-        held, newest = frobenius(space.products) ** 2, frobenius(space.products[-block:]) ** 2
-        if not fixed and held + (limit / block) * newest < size**2 - (budget or 0.0):
-            return None  # at this pace the space would be too large
-        if dimension <= cap and (budget is None or size**2 - held > budget + 1e-6 * size**2):
+        energies = space.inner.diagonal().real
+        missing, newest = total - float(energies.sum()), float(energies[-block:].sum())
+        if budget is not None and space.basis.shape[0] <= cap and missing > budget + 1e-6 * total:
+            if not fixed and missing - budget > newest * (limit - len(energies)) / block:
+                return None  # at this pace the space would be too large
             continue
-        if space.power and (found := _certified(matrix, space, cap, budget, size**2)):
+        # probes need two steps to tell anything; nothing can be missed where hardly anything is missing
+        telling = space.power > 1 or (len(energies) >= cap and missing < _cancelled(matrix, total))
+        if telling and (found := _certified(matrix, space, cap, budget, total)):
             vectors, k, lost = found
             u = space.basis.mH @ vectors[:, :k].to(x.dtype)
             return Basis(u, _slices(vectors[:, :k].to(x.dtype).mH @ space.products, x), lost)
@@ -226,26 +229,33 @@ def _certified(
     What is left is measured, so that a budget is kept whatever the certificate says; the certificate says that no
     other basis of this size (or, with a budget, one column less) would do.
     """
-    outside = total - frobenius(space.products) ** 2
-    if outside < 4 * sqrt(torch.finfo(matrix.dtype).eps) * total:  # a difference of nearly equal numbers
+    outside = total - float(space.inner.trace().real)
+    if outside < _cancelled(matrix, total):
         outside = _residual(matrix, space)
     if budget is not None and outside > budget and space.basis.shape[0] <= cap:
         return None
-    products = space.products.to(torch.promote_types(matrix.dtype, torch.float64))
-    values, vectors = _descending(products @ products.mH)
+    values, vectors = _descending(space.inner)
     values = values.clamp_min(0)
     k = cap if budget is None else truncation_rank(values, budget - outside, cap)
-    if k >= len(values):
-        return None
     left = float(values[k:].sum()) + outside
-    if budget is None or left > budget:
-        enough = _missed(values, vectors, space, k, total) <= (1 - ENOUGH**-2) * left
+    rounding = (4 * torch.finfo(matrix.dtype).eps) ** 2 * total  # what a matrix of exactly rank k leaves
+    if rounding < left < 1e-12 * total:
+        return None  # the smaller Ritz values are noise of the Gram matrix they come from
+    if k >= len(values):
+        enough = k == cap and left <= rounding
+    elif budget is None or left > budget:
+        enough = _missed(values, vectors, space, k, outside, total) <= max((1 - ENOUGH**-2) * left, rounding)
     elif k > 1:
         shorter = left + float(values[k - 1])
-        enough = shorter - _missed(values, vectors, space, k - 1, total) > budget
+        enough = shorter - _missed(values, vectors, space, k - 1, outside, total) > budget
     else:
         enough = True
     return (vectors, k, left) if enough else None
+
+
+def _cancelled(matrix: Tensor, total: float) -> float:
+    """Size below which a difference of two sums near `total` is too inaccurate."""
+    return 4 * sqrt(torch.finfo(matrix.dtype).eps) * total
 
 
 def _residual(matrix: Tensor, space: Krylov) -> float:
@@ -255,21 +265,22 @@ def _residual(matrix: Tensor, space: Krylov) -> float:
     return sum(frobenius(torch.addmm(part, u.mH, space.products, alpha=-1)) ** 2 for part, u in parts)
 
 
-def _missed(values: Tensor, vectors: Tensor, space: Krylov, k: int, total: float) -> float:
+def _missed(values: Tensor, vectors: Tensor, space: Krylov, k: int, outside: float, total: float) -> float:
     """Upper bound for the energy that the best k-dimensional space holds beyond the k leading Ritz vectors.
 
     M = A A^H in the Ritz vectors and their complement is [[Θ, R^H], [R, C]]. The sum of its k largest eigenvalues
     exceeds that of Θ by at most what 2 x 2 matrices [[θ_i, ρ_i], [ρ_i, c_i]] do, with the norms ρ_i of the residual R
     and the k largest eigenvalues c of C, in ascending order. Those are the next Ritz values, or lie outside of the
-    space: there the probes bound them, since `sum_j ‖C^q g_j‖^2 >= sum_i λ_i^(2q) χ_i` for Gaussian g_j.
+    space. There `sum_j ‖C^q g_j‖^2`, about `sum_i λ_i^(2q)` times chi-squared, bounds them: s of them are worst where
+    they are equal.
     """
     residual = space.coupling.to(vectors.dtype) @ vectors[-len(space.coupling) :, :k]
     rho = torch.linalg.vector_norm(residual, dim=0)
-    power = 2 * space.power
-    moment = frobenius(space.probe) ** 2 / UNLIKELY
-    place = torch.arange(k, 0, -1, dtype=values.dtype, device=values.device)
-    beyond = total * (moment / place) ** (1 / power)
     following = values[k : 2 * k]
     inside = torch.nn.functional.pad(following, (0, k - len(following))).flip(0)
-    half = (torch.maximum(beyond, inside) - values[:k]) / 2
-    return float((half + torch.hypot(half, rho)).sum())
+    count = torch.arange(k + 1, dtype=values.dtype, device=values.device).unsqueeze(1)  # s, one row each
+    moment = frobenius(space.probe) ** 2 / UNLIKELY
+    beyond = total * (moment / count.clamp_min(1)) ** (1 / (2 * space.power))
+    place = torch.arange(k, 0, -1, dtype=values.dtype, device=values.device)
+    half = (torch.where(place <= count, torch.maximum(beyond, inside), inside) - values[:k]) / 2
+    return min(outside, float((half + torch.hypot(half, rho)).sum(1).max()))

@@ -16,7 +16,7 @@ Method = Literal["auto", "exact", "gram", "randomized"]
 METHODS = ("auto", "exact", "gram", "randomized")
 
 BLOCK = 1 << 18
-"""Entries of one block of a long product on a CPU: 2 MiB in float64, which stays in cache; 64 times as many on a GPU."""
+"""Entries of one block of a long product on a CPU (2 MiB in float64 stay in cache); 64 times as many on a GPU."""
 
 RUN = 4096
 """Terms that are summed in single precision; the sums of the runs are added in double precision."""
@@ -138,7 +138,7 @@ def check_tensor(name: str, x: Tensor, *, min_order: int = 1) -> None:
 
 
 def check_finite(name: str, x: Inexact[Tensor, "..."]) -> float:
-    """Refuse NaN and infinity by name; the largest magnitude of a component otherwise, in one pass and without a copy."""
+    """Refuse NaN and infinity by name; otherwise the largest magnitude of a component, in one pass, without a copy."""
     entries = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
     low, high = map(float, torch.aminmax(entries))  # NaN comes through
     if not (isfinite(low) and isfinite(high)):
@@ -199,14 +199,27 @@ def positive_qr(
 
 
 def safe_svd(matrix: Inexact[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD `U, S, V^H` of a finite matrix; retried in double precision where LAPACK gives up in single."""
+    """Thin SVD `U, S, V^H` of a finite matrix; retried on a triangle in double precision where LAPACK gives up.
+
+    It gives up with an error (divide and conquer on graded matrices) or silently, with NaN (one build of MKL, on
+    nearly diagonal matrices with repeated values).
+    """
     try:
-        return torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # divide and conquer can fail on graded matrices
-        double = torch.complex128 if matrix.is_complex() else torch.float64
-        q, r = torch.linalg.qr(matrix.to(double))
-        u, s, vh = torch.linalg.svd(r, full_matrices=False)
-        return (q @ u).to(matrix.dtype), s.to(matrix.real.dtype), vh.to(matrix.dtype)
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        if bool(torch.isfinite(s.sum())):
+            return u, s, vh
+    except torch.linalg.LinAlgError:
+        pass
+    if matrix.shape[0] < matrix.shape[1]:
+        u, s, vh = safe_svd(matrix.mH)
+        return vh.mH, s, u.mH
+    double = torch.promote_types(matrix.dtype, torch.float64)
+    q, r = torch.linalg.qr(matrix.to(double))
+    turn = torch.linalg.qr(torch.cos(torch.arange(r.numel(), device=r.device, dtype=double)).reshape(r.shape)).Q
+    u, s, vh = torch.linalg.svd(r @ turn, full_matrices=False)  # turned: neither triangular nor diagonal
+    if not bool(torch.isfinite(s.sum())):
+        raise torch.linalg.LinAlgError(f"safe_svd: LAPACK found no SVD of a {tuple(matrix.shape)} matrix")
+    return (q @ u).to(matrix.dtype), s.to(matrix.real.dtype), (vh @ turn.mH).to(matrix.dtype)
 
 
 def truncation_rank(squares: Tensor, budget: float, cap: int) -> int:
@@ -275,7 +288,7 @@ def _summed(a: Tensor, b: Tensor, double: torch.dtype) -> Tensor:
 
 def _runs(x: Tensor) -> Iterator[Tensor]:
     """Views (batch, m, at most `RUN` columns) that cover x, of a size at which a batch of products is small."""
-    p, m, q = x.shape
+    m, q = x.shape[1:]
     most = max(1, 64 * BLOCK // m**2)
     if q <= RUN:
         yield from x.split(max(1, min(most, RUN * 64 // q)))

@@ -8,7 +8,7 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from decompositions.formats.low_rank import LowRank
-from decompositions.linalg import Method, check_ranks, check_kind, full_precision, positive_qr, safe_svd
+from decompositions.linalg import Method, check_kind, check_ranks, full_precision, positive_qr, safe_svd
 from decompositions.truncation import Truncation
 
 
