@@ -197,7 +197,7 @@ def _from_krylov(x: Tensor, cap: int, budget: float | None, share: int) -> Basis
     if budget is None and not fixed:
         return None
     block = max(8, cap // 2) if fixed else 16
-    limit = 4 * cap + 4 * block if fixed else m // (share // 2)
+    limit = min(4 * cap + 4 * block, m // 3) if fixed else m // (share // 2)
     size = frobenius(matrix)
     total = size**2
     if size == 0 or limit < 2 * block:

@@ -325,11 +325,11 @@ def triangle(x: Inexact[Tensor, "*p m n"]) -> Inexact[Tensor, "m m"]:
 
 
 def frobenius(x: Inexact[Tensor, "..."]) -> float:
-    """`‖x‖`, the sums of `RUN` squares in the dtype itself and the rest in double precision: one fast pass."""
+    """`‖x‖` in one fast pass: runs of 256 squares are summed in the dtype itself, the runs in double precision."""
     flat = x.detach().reshape(-1)
     flat = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
-    whole = flat.numel() // RUN * RUN
-    runs = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1).double()
+    whole = flat.numel() // 256 * 256
+    runs = torch.linalg.vector_norm(flat[:whole].view(-1, 256), dim=1).double()
     return hypot(float(torch.linalg.vector_norm(runs)), float(torch.linalg.vector_norm(flat[whole:].double())))
 
 

@@ -28,6 +28,9 @@ from decompositions.linalg import (
 
 N = TypeVar("N", bound=Network)
 
+_HALF_PRICE = (torch.float32, torch.complex64)
+"""Dtypes whose cuts may read a Gram matrix in the next wider one: its eigenvalues resolve all that they hold."""
+
 
 @full_precision
 def orthogonalize(net: N, center: int = 0) -> N:
@@ -269,7 +272,7 @@ class _Cores:
     def _isometry(self, center: Tensor, bond: str, caps: dict[str, int] | None, cuts: "_Cuts", by_gram: bool) -> Tensor:
         """Rows u (kept, others), orthonormal, with `center ≈ (center u^H) u`, as many as the cut keeps."""
         cap = None if caps is None else caps[bond]
-        if by_gram and center.dtype in (torch.float32, torch.complex64) and not center.requires_grad:
+        if by_gram and center.dtype in _HALF_PRICE and not center.requires_grad:
             double = center.to(torch.promote_types(center.dtype, torch.float64))
             wide = double.shape[0] <= double.shape[1]
             values, vectors = torch.linalg.eigh(double @ double.mH if wide else double.mH @ double)
