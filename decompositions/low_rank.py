@@ -8,7 +8,7 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from decompositions.formats.low_rank import LowRank
-from decompositions.linalg import Method, check_ranks, check_tensor, full_precision, positive_qr, safe_svd
+from decompositions.linalg import Method, check_kind, check_ranks, full_precision, positive_qr, safe_svd
 from decompositions.truncation import Truncation
 
 
@@ -76,7 +76,7 @@ def svd(
         >>> net.ranks, round(error, 4)
         ((2, 2), 0.2182)
     """
-    check_tensor("svd", matrix, min_order=2)
+    check_kind("svd", matrix, min_order=2)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral)):
         raise TypeError(f"svd: rank must be an int or None, got {rank!r}")
     if method == "randomized" and rank is None:
@@ -87,10 +87,10 @@ def svd(
     m, n = work.shape
     (cap,) = check_ranks("svd", rank, [min(m, n)])
     wide = work if m <= n else work.mT
-    found = task.cut(wide, cap)
+    found = task.cut(wide[None], cap)
     # rest = u^H A is k x n: its own small SVD makes both sides orthonormal and S diagonal
-    q, r = positive_qr(found.rest.mH)
+    q, r = positive_qr(found.rest[0].mH.to(found.u.dtype))
     u, s, vh = safe_svd(r.mH)
     left, right = found.u @ u, (vh @ q.mH).mT
     sides = (left, right) if m <= n else (right, left)
-    return task.finish(LowRank(sides[0], torch.diag(s.to(work.dtype)), sides[1]), with_error)
+    return task.finish(LowRank(sides[0], torch.diag(s.to(left.dtype)), sides[1]), with_error)

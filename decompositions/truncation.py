@@ -1,21 +1,23 @@
 """What every decomposition shares: input checks, scaling, the error budget, and the honest end."""
 
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from decompositions.bases import Basis, basis
 from decompositions.formats.algebra import scale as scale_network
 from decompositions.formats.algebra import to_dense
 from decompositions.formats.network import Network
 from decompositions.linalg import (
     METHODS,
-    Basis,
     Method,
-    basis,
-    check_tensor,
+    accumulate_dtype,
+    check_finite,
     check_tol,
+    frobenius,
     gram_is_safe,
     is_tight,
     relative_error,
@@ -34,8 +36,9 @@ class Truncation:
     The squared tails of successive orthogonal cuts add up, so each cut may spend an equal share of what is left:
     never less than tol^2 / #cuts, and what one cut leaves goes to the next.
 
-    A float32 tensor is cut in float64 where `tol` is below 1e-4, because rounding would spend the tolerance;
-    values so large or small that squares leave the range are scaled first and scaled back in the result.
+    Where `tol` is below 1e-4 the bases of a float32 tensor are computed in float64, because rounding would spend the
+    tolerance; the tensor itself is read by blocks and never copied to float64. Values so large or small that squares
+    leave the range are scaled first and scaled back in the result.
     """
 
     name: str
@@ -45,24 +48,26 @@ class Truncation:
     method: Method = "auto"
     generator: torch.Generator | None = None
     work: Tensor = field(init=False)
+    precise: bool = field(init=False)
     scale: float = field(init=False, default=1.0)
     norm: float = field(init=False)
     discarded: float = field(init=False, default=0.0)
     capped: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        check_tensor(self.name, self.x)
         check_tol(self.name, self.tol)
         if self.method not in METHODS:
             raise ValueError(f"{self.name}: method must be one of {METHODS}, got {self.method!r}")
-        work = self.x.detach().to(work_dtype(self.x.dtype, self.tol))
-        largest = float(work.abs().max())
-        low, high = (1e-10, 1e10) if work.dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
-        if largest > 0 and not low <= largest <= high:
-            self.scale = largest
-            work = work / largest
-        self.work = work
-        self.norm = float(torch.linalg.vector_norm(work, dtype=torch.promote_types(work.dtype, torch.float64)))
+        self.work = self.x.detach().to(accumulate_dtype(self.x.dtype))
+        self.precise = work_dtype(self.work.dtype, self.tol) != self.work.dtype
+        self.norm = frobenius(self.work)
+        low, high = (1e-10, 1e10) if self.work.dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
+        if not low * sqrt(self.work.numel()) <= self.norm <= high:  # also where an entry is NaN or infinite
+            largest = check_finite(self.name, self.x)
+            if largest > 0 and not low <= largest <= high:
+                self.scale = largest
+                self.work = self.work / largest
+            self.norm = frobenius(self.work)
         self._left = self.cuts
 
     @property
@@ -70,12 +75,26 @@ class Truncation:
         """`tol` less what rounding the cores to their dtype may add."""
         return None if self.tol is None else usable_tol(self.tol, self.x.dtype, self.cuts)
 
-    def cut(self, matrix: Tensor, cap: int) -> Basis:
-        """Truncated basis of the next unfolding, at most `cap` columns, within the budget."""
+    def cut(self, x: Tensor, cap: int, *, ordered: bool = False) -> Basis:
+        """Truncated basis of the next unfolding, given as slices (p, m, q), at most `cap` columns, within the budget.
+
+        Where nothing may be cut it is the identity, unless the columns are to be `ordered` by singular values.
+        """
+        if self.effective_tol is None and cap >= x.shape[1] and not ordered:
+            self._left -= 1
+            return Basis(torch.eye(x.shape[1], dtype=x.dtype, device=x.device), x, 0.0)
         budget = None
         if self.effective_tol is not None:
             budget = max(0.0, (self.effective_tol * self.norm) ** 2 - self.discarded) / self._left
-        found = basis(matrix, cap=cap, budget=budget, tol=self.tol, method=self.method, generator=self.generator)
+        found = basis(
+            x,
+            cap=cap,
+            budget=budget,
+            tol=self.tol,
+            method=self.method,
+            precise=self.precise,
+            generator=self.generator,
+        )
         if budget is not None and found.discarded > budget * (1 + 1e-9):
             self.capped = True
         self.discarded += found.discarded

@@ -10,7 +10,7 @@ from torch import Tensor
 from decompositions.formats.modes import balanced_modes
 from decompositions.formats.tt import TT, chain_ranks, chain_shapes
 from decompositions.formats.tt_matrix import TTMatrix
-from decompositions.linalg import Method, check_ranks, check_tensor, full_precision
+from decompositions.linalg import Method, check_kind, check_ranks, full_precision, positive_qr
 from decompositions.truncation import Truncation
 
 Ranks = int | Sequence[int] | None
@@ -28,11 +28,11 @@ def tt_svd(
     with_error: bool = False,
     generator: torch.Generator | None = None,
 ) -> TT | tuple[TT, float]:
-    """TT-SVD: `X(i_1, ..., i_d) ≈ G_1(i_1) ... G_d(i_d)` by d - 1 truncated bases from left to right.
+    """TT-SVD: `X(i_1, ..., i_d) ≈ G_1(i_1) ... G_d(i_d)` by d - 1 truncated bases, from both ends toward the middle.
 
     `‖X - X̂‖ <= tol ‖X‖`, the squared errors of the cuts adding exactly; with ranks given,
     `‖X - X̂‖ <= sqrt(d - 1) ‖X - best of those ranks‖`. Exact where the ranks suffice.
-    Cost: O(sum_k r_{k-1}^2 n_k^2 prod(n_{k+1..d})) by Gram or SVD.
+    Cost: a product of the tensor with a matrix as small as its smaller end, twice, then of what is left of it.
 
     Args:
         x: a tensor of any order >= 1.
@@ -60,7 +60,7 @@ def tt_svd(
         >>> net.ranks, error < 1e-6
         ((2, 2), True)
     """
-    check_tensor("tt_svd", x)
+    check_kind("tt_svd", x)
     chain = tuple(range(x.ndim)) if axes is None else tuple(axes)
     if sorted(chain) != list(range(x.ndim)):
         raise ValueError(f"tt_svd: axes must be a permutation of 0..{x.ndim - 1}, got {chain}")
@@ -114,7 +114,7 @@ def ttm_svd(
         >>> net.ranks, ttm_svd(torch.randn(13, 7), rank=2, order=2).shape
         ((1,), (3, 5, 1, 7))
     """
-    check_tensor("ttm_svd", weight, min_order=2)
+    check_kind("ttm_svd", weight, min_order=2)
     rows, cols = _matrix_modes(tuple(weight.shape), row_modes, col_modes, order)
     matrix = weight.flatten(1)
     m, n = matrix.shape
@@ -160,17 +160,37 @@ def _train(
     method: Method,
     generator: torch.Generator | None,
 ) -> tuple[Truncation, list[Tensor]]:
-    """Cut `chain` (x with its axes in chain order) from left to right."""
+    """Cut `chain` (x with its axes in chain order) at the end that is smaller, until every bond is cut.
+
+    Each cut projects the tensor that the earlier ones left on a subspace of its own columns or rows: orthogonal
+    projections that commute, so that the squared errors add as they do from left to right.
+    """
     if method == "randomized" and rank is None:
         raise ValueError(f"{name}: method='randomized' needs a rank, got rank=None; use method='auto' with tol")
     sizes = tuple(chain.shape)
     caps = check_ranks(name, rank, chain_ranks(sizes))
     task = Truncation(name, chain, max(1, len(sizes) - 1), tol, method, generator)
-    rest, left, cores = task.work.reshape(1, -1), 1, []
-    for k, cap in enumerate(caps):
-        found = task.cut(rest.reshape(left * sizes[k], -1), cap)
-        cores.append(found.u.reshape((left, sizes[k], -1) if k else (sizes[k], -1)))
-        rest, left = found.rest, found.u.shape[1]
-    cores.append(rest.reshape((left, sizes[-1]) if caps else (sizes[-1],)))
+    first, last = 0, len(sizes) - 1  # the cores not yet split off, with the ranks of the bonds around them
+    before, after = 1, 1
+    rest, heads, tails = task.work.reshape(1, -1), [], []
+    while first < last:
+        if before * sizes[first] <= sizes[last] * after:
+            found = task.cut(rest.reshape(1, before * sizes[first], -1), caps[first])
+            heads.append(found.u.to(rest.dtype).reshape(before, sizes[first], -1))
+            before, first = found.u.shape[1], first + 1
+        else:
+            found = task.cut(rest.reshape(-1, sizes[last] * after, 1), caps[last - 1])
+            tails.append(found.u.to(rest.dtype).mT.reshape(-1, sizes[last], after))
+            after, last = found.u.shape[1], last - 1
+        rest = found.rest
+    cores = [*heads, rest.reshape(before, sizes[first], after), *reversed(tails)]
+    for k in range(first, len(cores) - 1):  # the center moves to the end of the chain
+        q, r = positive_qr(cores[k].flatten(0, 1))
+        cores[k] = q.unflatten(0, cores[k].shape[:2])
+        cores[k + 1] = torch.tensordot(r, cores[k + 1], dims=1)
+    if caps:
+        cores[0], cores[-1] = cores[0].squeeze(0), cores[-1].squeeze(-1)
+    else:
+        cores = [cores[0].reshape(sizes)]
     task.x = x
     return task, cores

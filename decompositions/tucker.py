@@ -1,13 +1,15 @@
 """Tucker decompositions: HOSVD, sequentially truncated HOSVD, HOOI, and Tucker-2 of convolution kernels."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.bases import basis, project
 from decompositions.formats.tucker import Tucker
-from decompositions.linalg import Method, basis, check_ranks, check_tensor, fold, full_precision, unfold
+from decompositions.linalg import Method, check_kind, check_ranks, frobenius, full_precision
 from decompositions.truncation import Truncation
 
 Ranks = int | Sequence[int] | None
@@ -56,11 +58,11 @@ def hosvd(
         (1, 1, 1)
     """
     task, axes, caps = _start("hosvd", x, rank, tol, modes, method, generator)
-    factors = [task.cut(unfold(task.work, k), cap).u for k, cap in zip(axes, caps, strict=True)]
+    factors = [task.cut(_slices(task.work, k), cap, ordered=True).u for k, cap in zip(axes, caps, strict=True)]
     core = task.work
     for k, u in zip(axes, factors, strict=True):
-        core = _multiply(core, u.mH, k)
-    return task.finish(Tucker(core, factors, axes, num_rows), with_error)
+        core = _project(core, u, k)
+    return task.finish(Tucker(core, [u.to(core.dtype) for u in factors], axes, num_rows), with_error)
 
 
 @full_precision
@@ -110,7 +112,7 @@ def st_hosvd(
     """
     task, axes, caps = _start("st_hosvd", x, rank, tol, modes, method, generator)
     core, factors = _sequential(task, axes, caps)
-    return task.finish(Tucker(core, factors, axes, num_rows), with_error)
+    return task.finish(Tucker(core, [u.to(core.dtype) for u in factors], axes, num_rows), with_error)
 
 
 @full_precision
@@ -204,7 +206,7 @@ def tucker2(
         >>> tucker2(torch.randn(16, 8, 3, 3), rank=(4, 2)).core.shape
         torch.Size([4, 2, 3, 3])
     """
-    check_tensor("tucker2", weight, min_order=2)
+    check_kind("tucker2", weight, min_order=2)
     start = _start("tucker2", weight, rank, tol, (0, 1), method, generator)
     return _iterate(start, 1, 20, 1e-7, with_error)
 
@@ -219,21 +221,23 @@ def _iterate(
     """ST-HOSVD, then refits of one factor at a time."""
     task, axes, caps = start
     core, factors = _sequential(task, axes, caps)
-    fit = _square(core)
+    fit = frobenius(core) ** 2
     refit: Method = "auto" if task.method == "randomized" else task.method  # a new sketch a sweep could lower the fit
     for _ in range(max_sweeps if len(axes) > 1 else 0):
         for position, k in enumerate(axes):
             projected = task.work
             for other, factor in zip(axes, factors, strict=True):
                 if other != k:
-                    projected = _multiply(projected, factor.mH, other)
-            u = basis(unfold(projected, k), cap=factors[position].shape[1], budget=None, tol=None, method=refit).u
+                    projected = _project(projected, factor, other)
+            width = factors[position].shape[1]
+            x = _slices(projected, k)
+            u = basis(x, cap=width, budget=None, tol=None, method=refit, precise=task.precise, approximate=False).u
             factors[position] = u
-            core = _multiply(projected, u.mH, k)
-        previous, fit = fit, _square(core)
+            core = _project(projected, u, k)
+        previous, fit = fit, frobenius(core) ** 2
         if fit - previous <= improvement * task.norm**2:
             break
-    return task.finish(Tucker(core, factors, axes, num_rows), with_error)
+    return task.finish(Tucker(core, [u.to(core.dtype) for u in factors], axes, num_rows), with_error)
 
 
 def _start(
@@ -245,7 +249,7 @@ def _start(
     method: Method,
     generator: torch.Generator | None,
 ) -> tuple[Truncation, tuple[int, ...], list[int]]:
-    check_tensor(name, x)
+    check_kind(name, x)
     axes = tuple(range(x.ndim)) if modes is None else tuple(modes)
     if len(set(axes)) != len(axes) or any(not 0 <= k < x.ndim for k in axes):
         raise ValueError(f"{name}: modes must be distinct axes in 0..{x.ndim - 1}, got {axes}")
@@ -259,17 +263,17 @@ def _start(
 def _sequential(task: Truncation, axes: tuple[int, ...], caps: list[int]) -> tuple[Tensor, list[Tensor]]:
     core, factors = task.work, []
     for k, cap in zip(axes, caps, strict=True):
-        found = task.cut(unfold(core, k), cap)
-        shape = (*core.shape[:k], found.u.shape[1], *core.shape[k + 1 :])
-        core = fold(found.rest, k, shape)
+        found = task.cut(_slices(core, k), cap)
+        core = found.rest.reshape(*core.shape[:k], -1, *core.shape[k + 1 :])
         factors.append(found.u)
     return core, factors
 
 
-def _multiply(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """Mode product `x x_axis matrix`."""
-    return torch.tensordot(x, matrix, dims=([axis], [1])).movedim(-1, axis)
+def _slices(x: Tensor, axis: int) -> Tensor:
+    """`x` as (modes before, mode, modes after): a view where x is contiguous."""
+    return x.reshape(prod(x.shape[:axis]), x.shape[axis], prod(x.shape[axis + 1 :]))
 
 
-def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float64))) ** 2
+def _project(x: Tensor, factor: Tensor, axis: int) -> Tensor:
+    """Mode product `x x_axis factor^H`."""
+    return project(factor, _slices(x, axis)).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])

@@ -315,6 +315,35 @@ def test_a_binding_rank_warns_with_the_true_error(case):
     assert set(rounded.ranks) == {1}
 
 
+@pytest.mark.parametrize("decades", [0.0, 1.5, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_round_by_gram_is_round_by_svd(decades, dtype, rng, monkeypatch):
+    """In single precision the cuts read Gram matrices in double; graded bonds beyond their reach go to the SVD."""
+    weights = 10.0 ** (-decades * torch.arange(12) / 6)
+    net = TT.random(row_modes=(4,) * 8, rank=12, dtype=dtype, generator=rng)
+    net = net.replace([core * weights[: core.shape[-1]] if k < 7 else core for k, core in enumerate(net.cores)])
+    for options in ({"rank": 5}, {"rank": 11}, {"tol": 0.1}, {"tol": 1e-3}):
+        for center in (0, 3, 7):
+            ours = round(net, **options, center=center)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.linalg, "eigh", None)
+                patch.setattr("decompositions.formats.gauge._HALF_PRICE", ())
+                slow = round(net, **options, center=center)
+            assert all(abs(a - b) <= 1 for a, b in zip(ours.ranks, slow.ranks, strict=True))
+            assert error_of(ours, net) <= 1.001 * error_of(slow, net) + 2e-6 or error_of(ours, net) <= options["tol"]
+            assert reference.isometry_defect(ours.to(torch.promote_types(dtype, torch.float64)), center) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["lowrank", "tucker", "tt", "tree-irregular"])
+def test_round_is_differentiable_where_nothing_is_cut(name, rng):
+    net = next(case for case in TREES if case.id == name)()
+    cores = [core.clone().requires_grad_() for core in net.cores]
+    weight = torch.randn(net.shape, dtype=net.dtype, generator=rng)
+    got = torch.autograd.grad(torch.sum(weight * to_dense(round(net.replace(cores)))), cores)
+    want = torch.autograd.grad(torch.sum(weight * reference.dense(net, cores)), cores)
+    assert max(map(reference.relative, got, want)) < 1e-8
+
+
 def test_autocast_changes_nothing(rng):
     """A rank change, or a penalty on the norm, inside the autocast region of a training step."""
     net = TT.random(row_modes=(5, 6, 4), rank=4, generator=rng)
