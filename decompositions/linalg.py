@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from math import hypot, isfinite, prod
+from math import hypot, isfinite, prod, sqrt
 from numbers import Integral, Real
 from typing import Literal, ParamSpec, TypeVar
 
@@ -362,3 +362,11 @@ def warn_truncation(name: str, error: float, tol: float, reason: str) -> None:
         TruncationWarning,
         stacklevel=level,
     )
+
+
+def spectral_bound(matrix: Tensor) -> float:
+    """Largest singular value, in double precision; the Frobenius norm where that would be too dear."""
+    if min(matrix.shape) > 2048:
+        return float(torch.linalg.vector_norm(matrix, dtype=torch.promote_types(matrix.dtype, torch.float64)))
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    return sqrt(max(0.0, float(torch.linalg.eigvalsh(gram(wide))[-1])))

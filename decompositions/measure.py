@@ -16,6 +16,7 @@ from decompositions.formats.cost import BLOCK_BYTES, Rates, cache_file, machine_
 from decompositions.formats.network import Network
 from decompositions.formats.plan import Plan, plan_apply
 from decompositions.formats.program import multiply
+from decompositions.formats.workspace import Workspace
 
 SHORTLIST = 1.6
 """Plans predicted within this factor of the best are worth a measurement."""
@@ -159,7 +160,7 @@ def time_plans(
     Args:
         net: the network; its numbers are not changed.
         batch: rows of x.
-        plans: candidates; by default those predicted within 1.6 of the best.
+        plans: candidates; by default those predicted within 1.6 of the best, without heavy ones.
         rounds: measurements of each plan; the 20th percentile counts.
         backward: time forward and backward with the gradients of x and all cores, else forward alone.
 
@@ -179,17 +180,20 @@ def time_plans(
         raise ValueError(f"time_plans: batch and rounds must be at least 1, got batch={batch}, rounds={rounds}")
     if plans is None:
         candidates = plan_apply(net, batch)
-        plans = [plan for plan in candidates if plan.seconds <= SHORTLIST * candidates[0].seconds]
+        light = [plan for plan in candidates if not plan.heavy]
+        plans = [plan for plan in light if plan.seconds <= SHORTLIST * light[0].seconds]
     device = net.device
     x = torch.rand(batch, *net.col_modes, device=device).to(net.dtype).requires_grad_(backward)
     cores = [core.detach().clone().requires_grad_(backward) for core in net.cores]
     gradient = torch.rand(batch, *net.row_modes, device=device).to(net.dtype)
 
+    workspace = Workspace()
+
     def once(plan: Plan) -> float:
         _wait(device)
         start = time.perf_counter()
         with torch.set_grad_enabled(backward):
-            y = multiply(plan, x, cores)
+            y = multiply(plan, x, cores, workspace=workspace)
         if backward:
             torch.autograd.grad(y, [x, *cores], gradient)
         _wait(device)

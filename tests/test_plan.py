@@ -63,7 +63,22 @@ def test_plans_come_from_shapes_alone_and_are_remembered(case):
     assert plan_apply(net.to("meta"), 64) == plan_apply(net, 64)
     assert plan_apply(net, 64) is plan_apply(net.replace([core + 1 for core in net.cores]), 64)
     assert plan_apply(net, 1)[0].seconds <= plan_apply(net, 4096)[0].seconds
-    assert [plan.seconds for plan in plan_apply(net, 64)] == sorted(plan.seconds for plan in plan_apply(net, 64))
+    order = [(plan.heavy, plan.seconds) for plan in plan_apply(net, 64)]
+    assert order == sorted(order)
+
+
+def test_heavy_plans_come_last():
+    """By default a layer holds no more for backward than the dense weight, the cores and a quarter of x."""
+    net = TTMatrix.random(row_modes=(4, 4, 8, 8), col_modes=(8, 8, 4, 4), rank=(32, 35, 32), device="meta")
+    plans = plan_apply(net, 128)
+    limit = 4 * (1024 * 1024 + sum(core.numel() for core in net.cores) + 128 * 1024 // 4)
+    assert [plan.heavy for plan in plans] == [plan.kept > limit for plan in plans]
+    assert any(plan.heavy for plan in plans)
+    assert not plans[0].heavy
+    # what a batch brings along is not held against it: low rank stays low rank at any batch
+    slim = LowRank.random(row_modes=(1024,), col_modes=(1024,), rank=51, device="meta")
+    for batch in (1, 128, 1 << 16):
+        assert plan_apply(slim, batch)[0].strategy != "merge"
 
 
 def test_merge_is_chosen_where_it_is_cheaper():

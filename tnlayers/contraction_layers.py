@@ -240,6 +240,7 @@ class TensorRegression(NetworkLayer):
             list(self.cores),
             self.bias,
             recompute=self._recompute,
+            workspace=self._workspace,
         )
         return y.reshape(batch_shape + self.out_modes)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from decompositions import Network
 from decompositions.formats.plan import bucket, extend, plan_dense
+from decompositions.linalg import spectral_bound
 from tnlayers.conv_plan import ConvPlan, ConvShape, ConvStep, conv_plans
 from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.init import default_std
@@ -23,7 +24,6 @@ from tnlayers.layer import (
     exactly,
     probed,
     run_recipe,
-    spectral_bound,
     unchanged_rng,
 )
 

@@ -23,7 +23,9 @@ def measure(layer: NetworkLayer, batch: int, *, rounds: int = 7, every: bool = F
         every: time all alternatives, else those predicted within 1.6 of the best.
     """
     plans = layer.alternatives(batch)
-    chosen = [plan for plan in plans if every or plan.seconds <= SHORTLIST * plans[0].seconds]
+    allowed = [plan for plan in plans if layer._memory != "keep" or not getattr(plan, "heavy", False)]
+    best = min(plan.seconds for plan in allowed)
+    chosen = plans if every else [plan for plan in allowed if plan.seconds <= SHORTLIST * best]
     device = layer.cores[0].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         x = layer.example_input(batch)
@@ -60,7 +62,7 @@ def _once(layer: NetworkLayer, x: Tensor, leaves: list[Tensor]) -> float:
 def explain(layer: NetworkLayer, batch: int | None = None, *, measured: bool = False) -> str:
     """Describe how a layer runs: each plan with FLOPs, memory kept for backward, predicted and measured time.
 
-    The first is the one that is used. A merged dense weight never trains faster than its floor, which is printed.
+    An arrow marks the one that is used. A merged dense weight never trains faster than its floor, which is printed.
 
     Args:
         layer: any layer of ours.

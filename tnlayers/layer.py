@@ -14,7 +14,8 @@ from decompositions import Network, as_operator, fill_random, numel, scale
 from decompositions import norm as network_norm
 from decompositions.formats.network import Labels, check_labels
 from decompositions.formats.plan import Plan, Step, bucket, plan_dense, run
-from decompositions.linalg import gram
+from decompositions.formats.workspace import Workspace
+from decompositions.linalg import spectral_bound
 from tnlayers.frozen import Freezable, release
 from tnlayers.init import RandomNetwork
 from tnlayers.rank_change import announce, remember_copy, resize_, watch
@@ -69,7 +70,7 @@ class NetworkLayer(Freezable):
     bias: nn.Parameter | None
     _dense_steps: tuple[Step, ...]
     _pinned = False  # whether changes of ranks leave the stored plan as it is
-    _recompute = False
+    _memory = "keep"
 
     def _start(
         self,
@@ -85,6 +86,7 @@ class NetworkLayer(Freezable):
         self.weight_shape, self._std = weight_shape, std
         self._plans: dict[Any, Any] = {}
         self._hint: int | None = None
+        self._workspace = Workspace()
         self.bias = None  # a subclass gives itself one afterwards; plans look at the settings before
         asked = dtype, None if device is None else torch.device(device).type
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -228,8 +230,10 @@ class NetworkLayer(Freezable):
             batch: rows of x (images, tokens) to plan for.
             probe: measure the plans predicted to be near the best, forward and backward, and take the fastest. Takes
                 some forty calls; the choice serves every layer of equal shapes in this process.
-            memory: "keep" what backward needs, or "recompute" it there from the input and the cores, in every later
-                eager call (slower by a forward pass; see `kept` of a plan).
+            memory: what later eager calls hold for backward (`kept` of a plan). "keep", as at first: the results that
+                backward needs, by plans that hold no more of them than the dense layer would (its weight, the cores
+                and a quarter of x); "any": by the fastest plan; "recompute": nothing but the input and the cores, by
+                the fastest plan and another forward pass.
 
         Raises:
             ValueError: a batch below 1, another word for memory, probe without a batch.
@@ -242,16 +246,17 @@ class NetworkLayer(Freezable):
             True
         """
         name = type(self).__name__
-        if memory not in (None, "keep", "recompute"):
-            raise ValueError(f"{name}.plan: memory must be 'keep' or 'recompute', got {memory!r}")
+        if memory not in (None, "keep", "any", "recompute"):
+            raise ValueError(f"{name}.plan: memory must be 'keep', 'any' or 'recompute', got {memory!r}")
         if (batch is None and probe) or (batch is not None and batch < 1):
             raise ValueError(f"{name}.plan: batch must be at least 1 (and given for a probe), got {batch}")
         if memory is not None:
-            self._recompute = memory == "recompute"
+            self._memory = memory
         if batch is not None:
             self._hint = batch
             if probe:
                 self._probe(bucket(batch))
+        if batch is not None or memory is not None:
             pinned, self._pinned = self._pinned, False
             self._replan()
             self._pinned = pinned
@@ -281,6 +286,7 @@ class NetworkLayer(Freezable):
             tuple(tuple(core.shape) for core in self.cores),
             (first.dtype, first.device, torch.get_num_threads()),
             (rows, *self._hint_sizes()),
+            self._memory == "keep",
         )
 
     def _hint_sizes(self) -> tuple[int, ...]:
@@ -307,7 +313,14 @@ class NetworkLayer(Freezable):
         if plan is not None:
             return plan
         plans = self.alternatives(rows)
-        return plans[0] if backward else min(plans, key=lambda plan: plan.forward_seconds)
+        if not backward:
+            return min(plans, key=lambda plan: plan.forward_seconds)
+        return plans[0] if self._memory == "keep" else min(plans, key=lambda plan: plan.seconds)
+
+    @property
+    def _recompute(self) -> bool:
+        """Whether backward runs the forward steps again."""
+        return self._memory == "recompute"
 
     def _plan_for(self, rows: int) -> Plan:
         """Plan for a batch: the stored one while tracing, else the one of its power-of-two bucket."""
@@ -394,14 +407,6 @@ class NetworkLayer(Freezable):
 
     def _repr_network(self) -> str:
         return f"{self.network!r}, {self.network.equation}"
-
-
-def spectral_bound(matrix: Tensor) -> float:
-    """Largest singular value, in double precision; the Frobenius norm where that would be too dear."""
-    if min(matrix.shape) > 2048:
-        return float(torch.linalg.vector_norm(matrix, dtype=torch.promote_types(matrix.dtype, torch.float64)))
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    return sqrt(max(0.0, float(torch.linalg.eigvalsh(gram(wide))[-1])))
 
 
 def exactly(device: torch.device) -> AbstractContextManager[Any]:

@@ -133,7 +133,8 @@ class Linear(NetworkLayer):
         x = x.reshape(batch, *self._col_modes)
         exact = out == self.out_features
         bias = self.bias if exact else None
-        y = multiply(self._plan_for(batch), x, list(self.cores), bias, recompute=self._recompute).reshape(batch, out)
+        plan, memory = self._plan_for(batch), self._workspace
+        y = multiply(plan, x, list(self.cores), bias, recompute=self._recompute, workspace=memory).reshape(batch, out)
         if not exact:
             y = y[:, : self.out_features]
             if self.bias is not None:

@@ -118,11 +118,12 @@ def _arrange(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x if order == tuple(range(len(order))) else x.permute(order)
 
 
-def contract(equation: str, left: Tensor, right: Tensor | None = None) -> Tensor:
+def contract(equation: str, left: Tensor, right: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Contract two operands (or permute and sum one); the result is laid out in memory as the equation says.
 
     A step with one operand that only permutes is a view; equations that no single matrix product can lay out go
-    through `torch.einsum`, which returns a permuted view.
+    through `torch.einsum`, which returns a permuted view. `out` is contiguous memory that a matrix product may write
+    its result to (where another route serves better, the result is elsewhere: use what is returned).
 
     Example:
         >>> import torch
@@ -131,9 +132,9 @@ def contract(equation: str, left: Tensor, right: Tensor | None = None) -> Tensor
         (torch.Size([3, 4, 2]), True)
     """
     if right is None:
-        source, _, out = split_equation(equation)
-        if len(source) == len(out):
-            return left.permute([source.index(letter) for letter in out])
+        source, _, result = split_equation(equation)
+        if len(source) == len(result):
+            return left.permute([source.index(letter) for letter in result])
         return torch.einsum(equation, left)
     product = _product_constant(equation)
     if product is None:
@@ -148,10 +149,10 @@ def contract(equation: str, left: Tensor, right: Tensor | None = None) -> Tensor
         a, b = a.reshape(m, depth), b.reshape(depth, n)
         if not torch.compiler.is_compiling() and n < THIN <= m and a.device.type == "cpu":
             return torch.mm(b.T, a.T).T.contiguous().reshape(m_shape + n_shape)
-        return torch.mm(a, b).reshape(m_shape + n_shape)
+        return torch.mm(a, b, out=None if out is None else out.view(m, n)).reshape(m_shape + n_shape)
     shapes = left.shape, right.shape
     prefix = [shapes[k][axis] for k, axis in product.prefix]
     count = prod(prefix)
     a = a.reshape(count, m, depth) if product.batch[0] else a.reshape(1, m, depth).expand(count, m, depth)
     b = b.reshape(count, depth, n) if product.batch[1] else b.reshape(1, depth, n).expand(count, depth, n)
-    return torch.bmm(a, b).reshape(prefix + m_shape + n_shape)
+    return torch.bmm(a, b, out=None if out is None else out.view(count, m, n)).reshape(prefix + m_shape + n_shape)

@@ -30,7 +30,7 @@ BATCH = "@"
 CHAINS = 4
 """Chains that get a backward plan and compete."""
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 8 << 20
 """Size of the slices in which a large dense weight is merged: memory of that size is reused warm between calls."""
 
 
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     bytes held for backward beside the operands. `backward` continues the numbering after the gradient of the result;
     `grads` says where the gradient of each operand is. `forward_seconds` and `seconds` (forward and backward) are
     predictions, for comparison between plans only. `chunk` is how many lines of the dense weight are merged at a time
-    (0: all at once).
+    (0: all at once). A `heavy` plan keeps more for backward than the dense weight, the cores and a quarter of x.
     """
 
     strategy: str
@@ -62,6 +62,7 @@ class Plan(NamedTuple):
     backward: tuple[Step, ...] = ()
     grads: tuple[int, ...] = ()
     chunk: int = 0
+    heavy: bool = False
 
     @property
     def calls(self) -> int:
@@ -279,8 +280,11 @@ def _plan_apply(
         build.chain(found)
         alone = all(len(group) == 1 for group in found.groups)
         plans.append(build.differentiate("sweep" if alone else "fused", found))
+    volume = [prod(table[label] for label in labels) for labels in ((*rows, *cols), *legs)]
+    spare = itemsize * (sum(volume) + prod(table[label] for label in start) // 4)
+    plans = [plan._replace(heavy=True) if plan.kept > spare else plan for plan in plans]
     distinct: dict[tuple[Step, ...], Plan] = {}
-    for plan in sorted(plans, key=lambda plan: plan.seconds):
+    for plan in sorted(plans, key=lambda plan: (plan.heavy, plan.seconds)):
         # of equals the merge comes first: where the path merges the cores too, that is what the plan is
         distinct.setdefault(plan.steps, plan)
     return tuple(distinct.values())
@@ -352,7 +356,8 @@ def plan_dense(net: Network) -> Plan:
 
 
 def plan_apply(net: Network, batch: int = 1024) -> tuple[Plan, ...]:
-    """All plans for `apply(net, x)` with `batch` rows, best predicted first (forward and backward together).
+    """All plans for `apply(net, x)` with `batch` rows, best predicted first (forward and backward together); heavy
+    ones, which would keep more memory for backward than a dense weight does, come last.
 
     Operands are `(x, *cores)`, x flattened to `(batch, *col_modes)`. *merge* contracts the cores to the dense weight
     and multiplies once; *path* contracts x and the cores in the order opt_einsum finds; *sweep* and *fused* absorb the

@@ -16,10 +16,17 @@ from torch import Tensor
 
 from decompositions.formats.contract import contract, split_equation
 from decompositions.formats.plan import Plan, Step, run
+from decompositions.formats.workspace import Workspace
 
 
 def multiply(
-    plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None, *, recompute: bool = False
+    plan: Plan,
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    recompute: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """`y = x W^T + b` for x of shape (batch, *col_modes) by a plan of `plan_apply`; y has (batch, *row_modes).
 
@@ -32,6 +39,8 @@ def multiply(
         cores: of the network.
         bias: one number for each row, flat, or None.
         recompute: keep nothing but the operands for backward, and run the forward steps again there.
+        workspace: memory for a large dense weight that backward will need, reused by later calls; a call without
+            gradients gives it back.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -39,11 +48,18 @@ def multiply(
         x, cores = x.to(low), [core.to(low) for core in cores]
         bias = None if bias is None else bias.to(low)
         with torch.autocast(device, enabled=False):
-            return _multiply(plan, x, cores, bias, recompute)
-    return _multiply(plan, x, cores, bias, recompute)
+            return _multiply(plan, x, cores, bias, recompute, workspace)
+    return _multiply(plan, x, cores, bias, recompute, workspace)
 
 
-def _multiply(plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, recompute: bool) -> Tensor:
+def _multiply(
+    plan: Plan,
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bias: Tensor | None,
+    recompute: bool,
+    workspace: Workspace | None,
+) -> Tensor:
     if _needs_plain_route(x):
         y = run(plan.steps, (x, *cores))
         return y if bias is None else y + bias.reshape(y.shape[1:])
@@ -51,8 +67,10 @@ def _multiply(plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | Non
         x.requires_grad or any(core.requires_grad for core in cores) or (bias is not None and bias.requires_grad)
     )
     if not tracked:
+        if workspace is not None:
+            workspace.release()
         return _forward(plan, x, cores, bias, None)
-    result: Tensor = _Planned.apply(plan, recompute, x, bias, *cores)
+    result: Tensor = _Planned.apply(plan, recompute, workspace, x, bias, *cores)
     return result
 
 
@@ -67,10 +85,17 @@ def _needs_plain_route(x: Tensor) -> bool:
     )
 
 
-def _forward(plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, kept: list[Any] | None) -> Tensor:
+def _forward(
+    plan: Plan,
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bias: Tensor | None,
+    kept: list[Any] | None,
+    workspace: Workspace | None = None,
+) -> Tensor:
     """Run the forward steps; results go to `kept`, numbered as in the plan (None instead of x and the cores)."""
     if plan.chunk:
-        return _merged_forward(plan, x, cores, bias, kept)
+        return _merged_forward(plan, x, cores, bias, kept, workspace)
     values: list[Any] = [x, *cores]
     steps = plan.steps
     for left, right, equation in steps:
@@ -92,10 +117,18 @@ class _Planned(torch.autograd.Function):
     """y by the plan's steps, gradients by its backward steps."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, recompute: bool, x: Tensor, bias: Tensor | None, *cores: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        recompute: bool,
+        workspace: Workspace | None,
+        x: Tensor,
+        bias: Tensor | None,
+        *cores: Tensor,
+    ) -> Tensor:
         kept: list[Any] | None = None if recompute else []
-        y = _forward(plan, x, cores, bias, kept)
-        needed = _needed(plan, tuple(ctx.needs_input_grad[k] for k in (2, *range(4, 4 + len(cores)))))
+        y = _forward(plan, x, cores, bias, kept, workspace)
+        needed = _needed(plan, tuple(ctx.needs_input_grad[k] for k in (3, *range(5, 5 + len(cores)))))
         # of a merged weight only the slices are kept: its factors are products of cores, cheap to make again
         used = needed[1] if not plan.chunk else {plan.steps[-1].right} & needed[1]
         held: list[Tensor] = []
@@ -114,12 +147,12 @@ class _Planned(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         saved = ctx.saved_tensors
         x, bias, cores, held = saved[0], saved[1], saved[2 : 2 + ctx.count], saved[2 + ctx.count :]
-        plan, wants = ctx.plan, ctx.needs_input_grad
+        plan, wants = ctx.plan, ctx.needs_input_grad[3:]  # of x, the bias, the cores
         if torch.is_grad_enabled():  # a graph of the gradients is asked for: autograd's own
-            return _differentiable(plan, wants, x, bias, cores, gradient)
-        grads: list[Any] = [None] * (4 + ctx.count)
-        if bias is not None and wants[3]:
-            grads[3] = gradient.sum(0).reshape(bias.shape)
+            return (None, None, None, *_differentiable(plan, wants, x, bias, cores, gradient))
+        grads: list[Any] = [None] * (2 + ctx.count)
+        if bias is not None and wants[1]:
+            grads[1] = gradient.sum(0).reshape(bias.shape)
         values: list[Any] = [x, *cores] + [None] * len(plan.steps)
         if ctx.recompute or plan.chunk:
             for position, (left, right, equation) in enumerate(plan.steps[: -2 if plan.chunk else -1]):
@@ -130,10 +163,10 @@ class _Planned(torch.autograd.Function):
         values.append(gradient.contiguous())
         _backward(plan, ctx.needed, values)
         for k, number in enumerate(plan.grads):
-            position = 2 if k == 0 else 3 + k
+            position = 0 if k == 0 else 1 + k
             if wants[position]:
                 grads[position] = values[number].contiguous()
-        return tuple(grads)
+        return (None, None, None, *grads)
 
 
 @lru_cache(maxsize=4096)
@@ -171,14 +204,14 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, by the plain route."""
     inputs = {k: value for k, value in enumerate([x, bias, *cores]) if value is not None}
-    asked = [k for k in inputs if wants[2 + k]]
+    asked = [k for k in inputs if wants[k]]
     y = run(plan.steps, (x, *cores))
     if bias is not None:
         y = y + bias.reshape(y.shape[1:])
     found = torch.autograd.grad(y, [inputs[k] for k in asked], gradient, create_graph=True, allow_unused=True)
     grads: list[Tensor | None] = [None] * len(wants)
     for k, value in zip(asked, found, strict=True):
-        grads[2 + k] = value
+        grads[k] = value
     return tuple(grads)
 
 
@@ -194,7 +227,9 @@ class _Slices:
     def __init__(self, plan: Plan, values: Sequence[Any]) -> None:
         step: Step = plan.steps[-2]
         left, right, self.out = split_equation(step.equation)
-        self.operands, self.letters = (values[step.left], values[step.right]), (left, right)
+        # laid out once as they are called: a permuted factor would be copied for every slice
+        self.operands = values[step.left].contiguous(), values[step.right].contiguous()
+        self.letters = left, right
         x, weight, y = split_equation(plan.steps[-1].equation)
         # the same axes have other letters in the two equations
         self.by_rows = weight[0] in y
@@ -239,16 +274,32 @@ class _Slices:
         pairs = zip(self.operands, self.letters, strict=True)
         return [self.part(operand, letters, cut) for operand, letters in pairs]
 
-    def weight(self, cut: dict[str, range]) -> Tensor:
-        """A slice of the dense weight as a matrix."""
+    def scratch(self) -> Tensor:
+        """Memory for the largest slice: made once a call, for fresh memory of every slice would be mapped anew."""
+        lines = max(high - low for low, high in self.bounds)
+        first = self.operands[0]
+        return torch.empty(lines * self.width, dtype=first.dtype, device=first.device)
+
+    def weight(self, cut: dict[str, range], into: Tensor, scratch: Tensor) -> Tensor:
+        """A slice of the dense weight as a matrix, written to `into` (lines, width)."""
         first, second = self.parts(cut)
         left, right = self.letters
-        whole = contract(f"{left},{right}->{self.natural}", first, second)
-        return whole.permute(self.order).reshape(-1, self.width)
+        equation = f"{left},{right}->{self.natural}"
+        if self.natural == self.out:
+            made = contract(equation, first, second, into)
+            return made.reshape(into.shape)
+        whole = contract(equation, first, second, scratch[: into.numel()]).permute(self.order)
+        into.view(whole.shape).copy_(whole)
+        return into
 
 
 def _merged_forward(
-    plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, kept: list[Any] | None
+    plan: Plan,
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bias: Tensor | None,
+    kept: list[Any] | None,
+    workspace: Workspace | None,
 ) -> Tensor:
     values: list[Any] = [x, *cores]
     for left, right, equation in plan.steps[:-2]:
@@ -262,9 +313,16 @@ def _merged_forward(
             y.zero_()
         else:
             y.copy_(bias)
-    weights = []
+    weights, height, width = [], slices.height, slices.width
+    product, single = slices.scratch(), slices.scratch() if kept is None else None
+    held = product
+    if kept is not None and workspace is not None:
+        held = workspace.take(height * width, product.dtype, product.device)
+    elif kept is not None:
+        held = torch.empty(height * width, dtype=product.dtype, device=product.device)
     for cut, (low, high) in zip(slices.cuts, slices.bounds, strict=True):
-        weight = slices.weight(cut)
+        into = held.view(height, width)[low:high] if single is None else single[: (high - low) * width].view(-1, width)
+        weight = slices.weight(cut, into, product)
         if not slices.by_rows:
             y.addmm_(flat[:, low:high], weight)
         elif bias is None:
@@ -289,26 +347,34 @@ def _merged_backward(plan: Plan, needed: tuple[bool, ...], values: list[Any]) ->
     flat = x.reshape(batch, slices.width if slices.by_rows else slices.height)
     rows = gradient.reshape(batch, slices.height if slices.by_rows else slices.width)
     outer, inner = (rows, flat) if slices.by_rows else (flat, rows)
-    gx = torch.zeros_like(flat) if slices.by_rows else torch.empty_like(flat)
+    gx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     factors: list[Tensor | None] = [None, None]  # gradients of the weight's two factors
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    product, other = slices.scratch(), slices.scratch()
+    summand = torch.empty(max(operand.numel() for operand in slices.operands), dtype=x.dtype, device=x.device)
     for position, (cut, (low, high)) in enumerate(zip(slices.cuts, slices.bounds, strict=True)):
+        shape = (high - low, slices.width)
         if want_x:
-            weight = slices.weight(cut) if weights is None else weights[position]
+            matrix = other[: prod(shape)].view(shape)
+            weight = slices.weight(cut, matrix, product) if weights is None else weights[position]
             if slices.by_rows:
-                gx.addmm_(rows[:, low:high], weight)
+                gx.addmm_(rows[:, low:high], weight, beta=min(position, 1))
             else:
                 torch.mm(rows, weight.T, out=gx[:, low:high])
         if not any(want_factors):
             continue
         sizes = [len(cut[letter]) if letter in cut else slices.sizes[letter] for letter in slices.out]
-        whole = torch.mm(outer[:, low:high].T, inner).reshape(sizes).permute(slices.inverse).contiguous()
+        whole = torch.mm(outer[:, low:high].T, inner, out=product[: prod(shape)].view(shape))
+        whole = whole.view(sizes).permute(slices.inverse)
+        if not whole.is_contiguous():
+            whole = other[: prod(shape)].view(whole.shape).copy_(whole)
         parts = slices.parts(cut)
         for own, want in enumerate(want_factors):
             if not want:
                 continue
             letters, others = slices.letters[own], slices.letters[1 - own]
-            piece = contract(f"{slices.natural},{others}->{letters}", whole, parts[1 - own])
+            piece = summand[: parts[own].numel()]
+            piece = contract(f"{slices.natural},{others}->{letters}", whole, parts[1 - own], piece)
             target = factors[own]
             if target is None:  # slices are summed in float32 where the operands are shorter
                 target = factors[own] = torch.zeros(slices.operands[own].shape, dtype=wide, device=x.device)
