@@ -111,17 +111,24 @@ def block_krylov(
     gaussian = partial(torch.randn, generator=generator, dtype=matrix.dtype, device=matrix.device)
     omega = gaussian(block, n)
     new, _ = _orthonormal_rows(omega @ matrix.mH)
-    basis, products = new[:0], new.new_zeros(0, n)
-    inner = torch.zeros(0, 0, dtype=torch.promote_types(matrix.dtype, torch.float64), device=matrix.device)
-    probe, power = new[:0], 0
+    double = torch.promote_types(matrix.dtype, torch.float64)
+    most = max(block, min(limit, m, n))  # room for all rows at once: they are appended in place
+    rows, images = new.new_empty(most, m), new.new_empty(most, n)
+    exact = images if double == matrix.dtype else new.new_empty(most, n, dtype=double)
+    inner = torch.zeros(0, 0, dtype=double, device=matrix.device)
+    probe, power, held = new[:0], 0, 0
     while True:
-        basis = torch.cat([basis, new])
-        if not power and basis.shape[0] >= watch:
+        last, held = held, held + block
+        rows[last:held] = new
+        basis = rows[:held]
+        if not power and held >= watch:
             probe = gaussian(PROBES, m)
             probe = _outside(probe, basis)
         image = torch.cat([new, probe]) @ matrix
-        products = torch.cat([products, image[:block]])
-        border = image[:block].to(inner.dtype) @ products.to(inner.dtype).mH
+        images[last:held] = image[:block]
+        products = images[:held]
+        exact[last:held] = image[:block]
+        border = exact[last:held] @ exact[:held].mH
         inner = torch.nn.functional.pad(inner, (0, block, 0, block))
         inner[-block:], inner[:, -block:] = border, border.mH
         image = _outside((image / size**2) @ matrix.mH, basis)

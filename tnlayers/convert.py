@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from decompositions import Network, bond_sides, numel, possible_ranks, unfold
 from decompositions.linalg import gram, relative_error
+from tnlayers.explain import layer_floor
 from tnlayers.layer import NetworkLayer, Recipe, Shapes
 from tnlayers.report import LayerRow, Report
 from tnlayers.surgery import (
@@ -350,7 +351,15 @@ def _row(site: Site, layer: NetworkLayer | None, why: str, seen: Shapes | None, 
         output_bound=layer.output_bound(approximation - reference),
         spectra=values,
         cuts=cuts,
+        floor=_floor(layer, seen),
     )
+
+
+def _floor(layer: NetworkLayer, seen: Shapes | None) -> float | None:
+    """Floor of training (see `explain`) at the rows that the example brought, 1024 without one."""
+    rows = 1024 if seen is None else max(1, prod(seen.input[:-1]))
+    floor = layer_floor(layer, rows)
+    return floor if floor is not None and layer._make_plan(rows).strategy == "merge" else None
 
 
 def break_even_rank(net: Network, dense: int) -> int | None:

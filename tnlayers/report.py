@@ -59,6 +59,7 @@ class LayerRow:
         output_bound: bound of `‖y - ŷ‖ / ‖x‖`.
         spectra: bond -> singular values of the dense weight's unfolding there; may be empty.
         cuts: bond -> rank kept.
+        floor: least training time relative to the dense layer, where the weight is merged at every step; else None.
 
     Raises:
         ValueError: a status that is neither, or a negative count.
@@ -84,6 +85,7 @@ class LayerRow:
     output_bound: float | None = None
     spectra: dict[str, tuple[float, ...]] = field(default_factory=dict)
     cuts: dict[str, int] = field(default_factory=dict)
+    floor: float | None = None
 
     @property
     def label(self) -> str:
@@ -160,6 +162,14 @@ class Report:
                     break
                 line, left = line + piece, left - 1
             lines.append(line)
+        merged = [row for row in self.converted if row.floor is not None]
+        if merged:
+            lines += ["", FLOOR_NOTE + ":"]
+        for row in merged[:FLOORS]:
+            advice = "; a larger batch or smaller ranks would help" if _is_slow(row) else ""
+            lines.append(f"  {shorten(printable(row.label), 40)}: at least {row.floor:.2f} x the dense layer{advice}")
+        if len(merged) > FLOORS:
+            lines.append(f"  and {len(merged) - FLOORS} more")
         return "\n".join(lines)
 
     def to_dict(self, *, spectra: bool = True) -> dict[str, Any]:
@@ -176,7 +186,8 @@ class Report:
             if row.break_even_rank is not None:
                 entry["break_even_rank"] = int(row.break_even_rank)
             entry["shape"], entry["ranks"] = [int(n) for n in row.shape], [int(r) for r in row.ranks]
-            entry["error"], entry["output_bound"] = plain(row.error), plain(row.output_bound)
+            for name in ("error", "output_bound", "floor"):
+                entry[name] = plain(entry[name])
             entry["cuts"] = {str(bond): int(cut) for bond, cut in row.cuts.items()}
             entry["spectra"] = (
                 {str(bond): [plain(float(v)) for v in values] for bond, values in row.spectra.items()}
@@ -295,6 +306,10 @@ SPECTRUM_NOTE = (
     "its right is discarded."
 )
 
+FLOOR_NOTE = "merged at every training step, which saves memory and not time"
+FLOORS = 12
+"""Layers whose floor is listed below the table."""
+
 _COLUMNS = (
     Column("layer", "Dotted name of the module.", flexible=True),
     Column("kind", "Class of the layer."),
@@ -312,6 +327,12 @@ _COLUMNS = (
     Column("FLOPs", "FLOPs of one forward pass of one sample, in percent of before.", numeric=True),
     Column("error", "Relative Frobenius error of the weight.", numeric=True),
     Column("bound", "Bound of the output error: no input x changes its output by more than bound × ‖x‖.", numeric=True),
+    Column(
+        "floor",
+        "Least training time of a weight that is merged at every step, relative to the dense layer.",
+        numeric=True,
+        html_only=True,
+    ),
     Column("why kept", "Why the layer was left dense.", html_only=True),
 )
 
@@ -334,6 +355,7 @@ def _cells(row: LayerRow) -> list[Cell]:
         Cell(percent(row.flops, row.flops_dense), work, _judge(work)),
         Cell(number(row.error), row.error, _unsound(row.error)),
         Cell(number(row.output_bound), row.output_bound, _unsound(row.output_bound)),
+        Cell(NOTHING if row.floor is None else f"{row.floor:.2f}", row.floor, "bad" if _is_slow(row) else ""),
         Cell(row.reason, row.reason or None, "wrap quiet"),
     ]
 
@@ -342,6 +364,11 @@ def _judge(ratio: float | None) -> str:
     if ratio is None or ratio == 1:
         return "quiet"
     return "good" if ratio < 1 else "bad"
+
+
+def _is_slow(row: LayerRow) -> bool:
+    """Whether the bond in the middle exceeds a third of the batch."""
+    return row.floor is not None and row.floor > 4 / 3
 
 
 def _unsound(value: float | None) -> str:
@@ -401,7 +428,7 @@ def _row(data: Any, position: int) -> LayerRow:
     values |= {name: _entry(data, name, int, where) for name in _COUNTS}
     for name in ("shape", "ranks"):
         values[name] = tuple(_integers(_entry(data, name, list, where), f"{name} of {where}"))
-    for name in ("error", "output_bound"):
+    for name in ("error", "output_bound", "floor"):
         value = data.get(name)
         values[name] = None if value is None else _number(value, f"{name} of {where}")
     even = data.get("break_even_rank")

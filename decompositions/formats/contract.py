@@ -18,6 +18,8 @@ from torch import Tensor
 THIN = 16
 """CPU libraries run a product whose result has fewer columns than this up to ten times slower than its transpose."""
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -114,8 +116,72 @@ def _product_constant(equation: str) -> Product | None:
     return _product(equation)
 
 
-def _arrange(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    return x if order == tuple(range(len(order))) else x.permute(order)
+class Recipe(NamedTuple):
+    """One product for operands of given shapes: how each becomes a matrix (or a batch of them), and the result's shape.
+
+    None stands for nothing to do. An operand with an `expand` is repeated over the batch without a copy.
+    """
+
+    first: int
+    permute: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+    reshape: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+    expand: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+    size: tuple[int, ...]  # of the product: (m, n) or (batch, m, n)
+    shape: tuple[int, ...] | None
+    thin: bool
+
+
+def _make_recipe(product: Product, left: Sequence[int], right: Sequence[int], *, symbolic: bool = False) -> Recipe:
+    """The recipe for these shapes; `symbolic` sizes are not compared, for a comparison would fix them."""
+    shapes = (left, right)
+    first, second = product.first, 1 - product.first
+    m_shape = [shapes[first][k] for k in product.blocks[0]]
+    n_shape = [shapes[second][k] for k in product.blocks[1]]
+    m, n, depth = prod(m_shape), prod(n_shape), prod([shapes[first][k] for k in product.summed[0]])
+    prefix = [shapes[k][axis] for k, axis in product.prefix]
+    count = prod(prefix)
+    orders = (
+        product.batch[0] + product.blocks[0] + product.summed[0],
+        product.batch[1] + product.summed[1] + product.blocks[1],
+    )
+    matrices: list[tuple[int, ...]] = [(m, depth), (depth, n)]
+    expand: list[tuple[int, ...] | None] = [None, None]
+    if prefix:
+        for side, own in enumerate(product.batch):
+            expand[side] = None if own else (count, *matrices[side])
+            matrices[side] = (count if own else 1, *matrices[side])
+    permute: list[tuple[int, ...] | None] = []
+    reshape: list[tuple[int, ...] | None] = []
+    for k, order, matrix in zip((first, second), orders, matrices, strict=True):
+        still = order == tuple(range(len(order)))
+        permute.append(None if still else order)
+        reshape.append(None if not symbolic and tuple(shapes[k][axis] for axis in order) == matrix else matrix)
+    size = (count, m, n) if prefix else (m, n)
+    shape = (*prefix, *m_shape, *n_shape)
+    return Recipe(
+        first,
+        (permute[0], permute[1]),
+        (reshape[0], reshape[1]),
+        (expand[0], expand[1]),
+        size,
+        None if not symbolic and shape == size else shape,
+        not symbolic and not prefix and n < THIN <= m,
+    )
+
+
+@lru_cache(maxsize=32768)
+def _recipe(equation: str, left: torch.Size, right: torch.Size) -> Recipe | None:
+    product = _product(equation)
+    return None if product is None else _make_recipe(product, left, right)
+
+
+def _as_matrix(x: Tensor, recipe: Recipe, side: int) -> Tensor:
+    permute, reshape, expand = recipe.permute[side], recipe.reshape[side], recipe.expand[side]
+    if permute is not None:
+        x = x.permute(permute)
+    if reshape is not None:
+        x = x.reshape(reshape)
+    return x if expand is None else x.expand(expand)
 
 
 def contract(equation: str, left: Tensor, right: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -132,27 +198,24 @@ def contract(equation: str, left: Tensor, right: Tensor | None = None, out: Tens
         (torch.Size([3, 4, 2]), True)
     """
     if right is None:
-        source, _, result = split_equation(equation)
-        if len(source) == len(result):
-            return left.permute([source.index(letter) for letter in result])
+        source, _, target = split_equation(equation)
+        if len(source) == len(target):
+            return left.permute([source.index(letter) for letter in target])
         return torch.einsum(equation, left)
-    product = _product_constant(equation)
-    if product is None:
+    if torch.compiler.is_compiling() or type(left) not in PLAIN or type(right) not in PLAIN:
+        product = _product_constant(equation)  # sizes may be symbols, which no cache can hold
+        recipe = None if product is None else _make_recipe(product, left.shape, right.shape, symbolic=True)
+    else:
+        recipe = _recipe(equation, left.shape, right.shape)
+    if recipe is None:
         return torch.einsum(equation, left, right)
-    a, b = (left, right) if product.first == 0 else (right, left)
-    m_shape = [a.shape[k] for k in product.blocks[0]]
-    n_shape = [b.shape[k] for k in product.blocks[1]]
-    m, n, depth = prod(m_shape), prod(n_shape), prod([a.shape[k] for k in product.summed[0]])
-    a = _arrange(a, product.batch[0] + product.blocks[0] + product.summed[0])
-    b = _arrange(b, product.batch[1] + product.summed[1] + product.blocks[1])
-    if not product.prefix:
-        a, b = a.reshape(m, depth), b.reshape(depth, n)
-        if not torch.compiler.is_compiling() and n < THIN <= m and a.device.type == "cpu":
-            return torch.mm(b.T, a.T).T.contiguous().reshape(m_shape + n_shape)
-        return torch.mm(a, b, out=None if out is None else out.view(m, n)).reshape(m_shape + n_shape)
-    shapes = left.shape, right.shape
-    prefix = [shapes[k][axis] for k, axis in product.prefix]
-    count = prod(prefix)
-    a = a.reshape(count, m, depth) if product.batch[0] else a.reshape(1, m, depth).expand(count, m, depth)
-    b = b.reshape(count, depth, n) if product.batch[1] else b.reshape(1, depth, n).expand(count, depth, n)
-    return torch.bmm(a, b, out=None if out is None else out.view(count, m, n)).reshape(prefix + m_shape + n_shape)
+    a, b = (left, right) if recipe.first == 0 else (right, left)
+    a, b = _as_matrix(a, recipe, 0), _as_matrix(b, recipe, 1)
+    if recipe.thin and a.device.type == "cpu":
+        result = torch.mm(b.T, a.T).T.contiguous()
+    elif out is not None:
+        out = out.view(recipe.size)
+        result = torch.mm(a, b, out=out) if len(recipe.size) == 2 else torch.bmm(a, b, out=out)
+    else:
+        result = torch.mm(a, b) if len(recipe.size) == 2 else torch.bmm(a, b)
+    return result if recipe.shape is None else result.reshape(recipe.shape)
