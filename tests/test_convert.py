@@ -507,3 +507,15 @@ def test_conversion_inside_autocast_keeps_the_precision(low):
     for one, other, original in zip(plain, inside, dense, strict=True):
         assert torch.equal(one.weight, other.weight)
         assert torch.allclose(other.weight, original.weight, atol=1e-5)
+
+
+def test_the_report_states_the_floor_of_training():
+    """1 + r / batch for a merged TT-matrix, at the rows the example brought; none for what is never merged."""
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
+    recipes = {"0": partial(ttm_svd, rank=64, order=2), "2": partial(svd, rank=16)}
+    report = tnlayers.tensorize(model, recipes, example_input=torch.zeros(96, 1024))
+    merged, factored = report.rows
+    assert merged.floor == pytest.approx(1 + 64 / 96, rel=0.05)
+    assert factored.floor is None
+    assert "0: at least 1.6" in str(report)
+    assert "a larger batch or smaller ranks would help" in str(report)

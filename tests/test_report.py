@@ -149,6 +149,20 @@ def test_table_fits_120_columns_with_long_names_and_many_layers():
     assert any(line.rstrip().endswith("more") or line.rstrip().endswith("layers") for line in lines)
 
 
+def test_table_names_the_floor_of_merged_layers():
+    """A merged weight saves memory, not time: the report says so, and warns above a third of the batch."""
+    rows = [converted(f"fc{k}", floor=1.1 + 0.1 * k) for k in range(20)]
+    text = report(*rows, converted("free"), kept()).table()
+    assert "fc2: at least 1.30 x the dense layer\n" in text
+    assert "fc3: at least 1.40 x the dense layer; a larger batch or smaller ranks would help" in text
+    assert "and 8 more" in text
+    assert "free: at least" not in text
+    assert "at least" not in report(converted("free")).table()
+    again = Report.from_dict(report(*rows).to_dict())
+    assert [row.floor for row in again.rows] == [row.floor for row in rows]
+    check_page(report(*rows).html())
+
+
 def test_table_without_rows_and_without_conversion():
     assert "no layer" in str(Report((), 10, 10))
     text = str(report(kept("a"), kept("b"), kept("c", reason="")))

@@ -12,17 +12,9 @@ from torch import Tensor, nn
 
 from decompositions import Network, Plan, TTMatrix, as_operator, plan_apply
 from decompositions.formats.program import multiply
+from tnlayers.dense import NetworkFactory, Recipe, copy_settings, exactly, run_recipe, unchanged_rng
 from tnlayers.init import RandomNetwork, default_std, random_network
-from tnlayers.layer import (
-    NetworkFactory,
-    NetworkLayer,
-    Recipe,
-    Shapes,
-    copy_settings,
-    exactly,
-    run_recipe,
-    unchanged_rng,
-)
+from tnlayers.layer import NetworkLayer, Shapes
 
 L = TypeVar("L", bound="TensorRegression")
 

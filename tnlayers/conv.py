@@ -13,19 +13,10 @@ from decompositions import Network
 from decompositions.formats.plan import bucket, extend, plan_dense
 from decompositions.linalg import spectral_bound
 from tnlayers.conv_plan import ConvPlan, ConvShape, ConvStep, conv_plans
+from tnlayers.dense import NetworkFactory, Recipe, copy_settings, exactly, run_recipe, unchanged_rng
 from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.init import default_std
-from tnlayers.layer import (
-    NetworkFactory,
-    NetworkLayer,
-    Recipe,
-    Shapes,
-    copy_settings,
-    exactly,
-    probed,
-    run_recipe,
-    unchanged_rng,
-)
+from tnlayers.layer import NetworkLayer, Shapes, probed
 
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 HINT_SIDE = 32

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from decompositions import Network
 from tnlayers.conv import HINT_SIDE, ConvolutionLayer, Window
 from tnlayers.conv_plan import ConvShape
+from tnlayers.dense import NetworkFactory, Recipe
 from tnlayers.frozen import frozen_weight
 from tnlayers.init import default_std
-from tnlayers.layer import NetworkFactory, Recipe, Shapes
+from tnlayers.layer import Shapes
 
 
 class _ConvTransposeNd(ConvolutionLayer):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from decompositions import Network, bond_sides, numel, possible_ranks, unfold
 from decompositions.linalg import gram, relative_error
+from tnlayers.dense import Recipe
 from tnlayers.explain import layer_floor
-from tnlayers.layer import NetworkLayer, Recipe, Shapes
+from tnlayers.layer import NetworkLayer, Shapes
 from tnlayers.report import LayerRow, Report
 from tnlayers.surgery import (
     Policy,

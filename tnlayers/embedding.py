@@ -11,17 +11,9 @@ from torch import Tensor, nn
 from decompositions import Network
 from decompositions.formats.cost import rates_for
 from decompositions.formats.plan import BATCH, Plan, bucket, plan_dense, plan_path, run
+from tnlayers.dense import NetworkFactory, Recipe, copy_settings, exactly, run_recipe, unchanged_rng
 from tnlayers.frozen import Form, Forms, frozen_weight, merge
-from tnlayers.layer import (
-    NetworkFactory,
-    NetworkLayer,
-    Recipe,
-    Shapes,
-    copy_settings,
-    exactly,
-    run_recipe,
-    unchanged_rng,
-)
+from tnlayers.layer import NetworkLayer, Shapes
 
 T = TypeVar("T", bound="TableLayer")
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from decompositions import Network
 from decompositions.formats.network import Labels, dense_size
 from decompositions.formats.plan import BATCH, Plan, Step, bucket, plan_path, run
+from tnlayers.dense import NetworkFactory, Recipe
 from tnlayers.embedding import TableLayer, gather, gathered_legs, readable, reading, rows_first
 from tnlayers.frozen import frozen_weight
-from tnlayers.layer import NetworkFactory, Recipe, Shapes, probed
+from tnlayers.layer import Shapes, probed
 
 MODES = ("sum", "mean", "max")
 HINT_LENGTH = 16

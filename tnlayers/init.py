@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod, sqrt
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -93,15 +94,25 @@ def random_network(
         generator: source of randomness; None is torch's global one.
         options: further arguments of `format.random`, such as `modes=(0, 1)` for Tucker-2.
 
+    Raises:
+        TypeError: a format that is not a class of networks with `random`, a rank that is not made of ints.
+
     Example:
         >>> import tnlayers
         >>> from decompositions import TTMatrix
         >>> tnlayers.Linear(784, 256, network=random_network(TTMatrix, rank=8)).network.ranks
         (8, 8)
     """
+    if not (isinstance(format, type) and issubclass(format, Network) and hasattr(format, "random")):
+        raise TypeError(
+            f"random_network: format must be a class of networks such as decompositions.LowRank, got {format!r}"
+        )
+    ranks = tuple(rank) if isinstance(rank, Sequence) else (rank,)
+    if isinstance(rank, str) or any(isinstance(r, bool) or not isinstance(r, Integral) for r in ranks):
+        raise TypeError(f"random_network: rank must be an int or one int a bond, got {rank!r}")
     return RandomNetwork(
         format,
-        tuple(rank) if isinstance(rank, Sequence) else int(rank),
+        tuple(int(r) for r in ranks) if isinstance(rank, Sequence) else int(rank),
         std,
         gain,
         order,

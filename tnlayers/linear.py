@@ -10,18 +10,10 @@ from torch import Tensor, nn
 from decompositions import Network, Plan, plan_apply
 from decompositions.formats.plan import bucket
 from decompositions.formats.program import multiply
+from tnlayers.dense import NetworkFactory, Recipe, copy_settings, exactly, run_recipe, unchanged_rng
 from tnlayers.frozen import Form, Forms, best_cut, frozen_linear, merge, product_seconds
 from tnlayers.init import default_std
-from tnlayers.layer import (
-    NetworkFactory,
-    NetworkLayer,
-    Recipe,
-    Shapes,
-    copy_settings,
-    exactly,
-    run_recipe,
-    unchanged_rng,
-)
+from tnlayers.layer import NetworkLayer, Shapes
 
 
 class Linear(NetworkLayer):

@@ -218,6 +218,10 @@ def _differentiable(
 # --- merging in slices: the dense weight is never permuted as a whole, nor is its gradient ever held ---
 
 
+_SCRATCH = (Workspace(), Workspace(), Workspace())
+"""Slices in the making, for the length of a call: some 20 MB in all, lent to one call at a time."""
+
+
 class _Slices:
     """Slices of the dense weight along its first axis, as the product of its last two factors.
 
@@ -274,11 +278,11 @@ class _Slices:
         pairs = zip(self.operands, self.letters, strict=True)
         return [self.part(operand, letters, cut) for operand, letters in pairs]
 
-    def scratch(self) -> Tensor:
-        """Memory for the largest slice: made once a call, for fresh memory of every slice would be mapped anew."""
+    def scratch(self, which: int) -> Tensor:
+        """Memory for the largest slice, warm from earlier calls of any layer: fresh memory is mapped page by page."""
         lines = max(high - low for low, high in self.bounds)
         first = self.operands[0]
-        return torch.empty(lines * self.width, dtype=first.dtype, device=first.device)
+        return _SCRATCH[which].take(lines * self.width, first.dtype, first.device)
 
     def weight(self, cut: dict[str, range], into: Tensor, scratch: Tensor) -> Tensor:
         """A slice of the dense weight as a matrix, written to `into` (lines, width)."""
@@ -314,7 +318,7 @@ def _merged_forward(
         else:
             y.copy_(bias)
     weights, height, width = [], slices.height, slices.width
-    product, single = slices.scratch(), slices.scratch() if kept is None else None
+    product, single = slices.scratch(0), slices.scratch(1) if kept is None else None
     held = product
     if kept is not None and workspace is not None:
         held = workspace.take(height * width, product.dtype, product.device)
@@ -350,8 +354,8 @@ def _merged_backward(plan: Plan, needed: tuple[bool, ...], values: list[Any]) ->
     gx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     factors: list[Tensor | None] = [None, None]  # gradients of the weight's two factors
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    product, other = slices.scratch(), slices.scratch()
-    summand = torch.empty(max(operand.numel() for operand in slices.operands), dtype=x.dtype, device=x.device)
+    product, other = slices.scratch(0), slices.scratch(1)
+    summand = _SCRATCH[2].take(max(operand.numel() for operand in slices.operands), x.dtype, x.device)
     for position, (cut, (low, high)) in enumerate(zip(slices.cuts, slices.bounds, strict=True)):
         shape = (high - low, slices.width)
         if want_x:

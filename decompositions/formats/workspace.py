@@ -15,9 +15,10 @@ class Workspace:
     """One block of memory on the CPU, lent to one tensor at a time.
 
     The system maps a large fresh block page by page, which costs several passes over warm memory, and does so at every
-    step. This block is kept instead, and lent again once nothing refers to the tensor any more, autograd's graph
-    included: a weak reference tells. A layer that runs twice before its backward gets fresh memory for the second call,
-    so the first one's numbers are never overwritten. Copies and pickles start without a block.
+    step. This block, as large as the largest request was, is kept instead, and lent again once nothing refers to the
+    tensor any more, autograd's graph included: a weak reference tells. A layer that runs twice before its backward
+    gets fresh memory for the second call, so the first one's numbers are never overwritten. Copies and pickles start
+    without a block.
 
     Example:
         >>> import torch
@@ -44,7 +45,7 @@ class Workspace:
             busy = self._lent is not None and self._lent() is not None
             if busy or device.type != "cpu" or size == 0:
                 return torch.empty(numel, dtype=dtype, device=device)
-            if self._block is None or self._block.size != size + ALIGNMENT:
+            if self._block is None or self._block.size < size + ALIGNMENT:
                 self._block = np.empty(size + ALIGNMENT, dtype=np.uint8)
             start = -self._block.ctypes.data % ALIGNMENT
             lent = self._block[start : start + size]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from decompositions import TTMatrix, Tucker, svd, tucker2, unfold
 from tnlayers.conv import Conv2d
+from tnlayers.dense import Recipe
 from tnlayers.init import RandomNetwork, random_network
-from tnlayers.layer import Recipe
 from tnlayers.linear import Linear
 
 NETS = ("mlp", "cnn")
