@@ -105,7 +105,7 @@ def main(count: int) -> None:
     choosers = {
         "plan predicted best": "predicted",
         "probe of the shortlist": "probed",
-        "predicted best that holds no more than the dense layer": "light",
+        "default: predicted best, a quarter against plans that hold more than the dense layer": "light",
         "fewest FLOPs": "flops",
         "always merge": "merge",
         "always opt_einsum's path": "path",

@@ -160,7 +160,7 @@ def time_plans(
     Args:
         net: the network; its numbers are not changed.
         batch: rows of x.
-        plans: candidates; by default those predicted within 1.6 of the best, without heavy ones.
+        plans: candidates; by default those predicted within 1.6 of the best, heavy ones at their burden.
         rounds: measurements of each plan; the 20th percentile counts.
         backward: time forward and backward with the gradients of x and all cores, else forward alone.
 
@@ -180,8 +180,7 @@ def time_plans(
         raise ValueError(f"time_plans: batch and rounds must be at least 1, got batch={batch}, rounds={rounds}")
     if plans is None:
         candidates = plan_apply(net, batch)
-        light = [plan for plan in candidates if not plan.heavy]
-        plans = [plan for plan in light if plan.seconds <= SHORTLIST * light[0].seconds]
+        plans = [plan for plan in candidates if plan.burden <= SHORTLIST * candidates[0].burden]
     device = net.device
     x = torch.rand(batch, *net.col_modes, device=device).to(net.dtype).requires_grad_(backward)
     cores = [core.detach().clone().requires_grad_(backward) for core in net.cores]

@@ -249,7 +249,7 @@ def test_recomputing_keeps_less_and_changes_nothing(layer):
     for a, b in zip(grads, others, strict=True):
         torch.testing.assert_close(a, b)
     assert less < kept
-    with pytest.raises(ValueError, match="memory must be 'keep' or 'recompute', got 'all'"):
+    with pytest.raises(ValueError, match="memory must be 'keep', 'any' or 'recompute', got 'all'"):
         layer.plan(memory="all")
     with pytest.raises(ValueError, match="batch must be at least 1"):
         layer.plan(probe=True)
@@ -281,3 +281,15 @@ def test_new_layers_are_made_after_a_probe():
             assert (tnlayers.TensorContraction((4, 4), (2, 2), bias).bias is not None) == bias
     finally:
         layer_module.probed.clear()
+
+
+def test_memory_any_takes_the_fastest_predicted_plan():
+    net = TTMatrix.random(row_modes=(4, 4, 8, 8), col_modes=(8, 8, 4, 4), rank=(32, 35, 32))
+    layer = tnlayers.Linear(1024, 1024, network=net)
+    kept = layer.plan(batch=128)
+    fastest = layer.plan(memory="any")
+    assert fastest.heavy
+    assert not kept.heavy
+    assert fastest == min(layer.alternatives(128), key=lambda plan: plan.seconds)
+    assert layer._plan_for(128) == fastest
+    assert layer.plan(memory="keep") == kept

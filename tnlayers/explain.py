@@ -23,9 +23,8 @@ def measure(layer: NetworkLayer, batch: int, *, rounds: int = 7, every: bool = F
         every: time all alternatives, else those predicted within 1.6 of the best.
     """
     plans = layer.alternatives(batch)
-    allowed = [plan for plan in plans if layer._memory != "keep" or not getattr(plan, "heavy", False)]
-    best = min(plan.seconds for plan in allowed)
-    chosen = plans if every else [plan for plan in allowed if plan.seconds <= SHORTLIST * best]
+    best = min(layer.rank_plan(plan) for plan in plans)
+    chosen = [plan for plan in plans if every or layer.rank_plan(plan) <= SHORTLIST * best]
     device = layer.cores[0].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         x = layer.example_input(batch)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from decompositions import Network, as_operator, fill_random, numel, scale
 from decompositions import norm as network_norm
 from decompositions.formats.network import Labels, check_labels
-from decompositions.formats.plan import Plan, Step, bucket, plan_dense, run
+from decompositions.formats.plan import HEAVY, Plan, Step, bucket, plan_dense, run
 from decompositions.formats.workspace import Workspace
 from decompositions.linalg import spectral_bound
 from tnlayers.dense import NetworkFactory, Recipe, run_recipe
@@ -228,9 +228,9 @@ class NetworkLayer(Freezable):
             probe: measure the plans predicted to be near the best, forward and backward, and take the fastest. Takes
                 some forty calls; the choice serves every layer of equal shapes in this process.
             memory: what later eager calls hold for backward (`kept` of a plan). "keep", as at first: the results that
-                backward needs, by plans that hold no more of them than the dense layer would (its weight, the cores
-                and a quarter of x); "any": by the fastest plan; "recompute": nothing but the input and the cores, by
-                the fastest plan and another forward pass.
+                backward needs, where a plan that holds more than the dense layer would (its weight, the cores and a
+                quarter of x) must be faster by a quarter; "any": by the fastest plan; "recompute": nothing but the
+                input and the cores, by the fastest plan and another forward pass.
 
         Raises:
             ValueError: a batch below 1, another word for memory, probe without a batch.
@@ -271,8 +271,8 @@ class NetworkLayer(Freezable):
         """Measure the alternatives for `rows` and remember the fastest."""
         from tnlayers.explain import measure
 
-        fastest = measure(self, rows)[0][0]
-        probed[self._probe_key(rows)] = fastest
+        plan, _ = min(measure(self, rows), key=lambda pair: self.rank_plan(*pair))
+        probed[self._probe_key(rows)] = plan
 
     def _probe_key(self, rows: int) -> tuple[Any, ...]:
         s, first = self._structure, self.cores[0]
@@ -312,7 +312,12 @@ class NetworkLayer(Freezable):
         plans = self.alternatives(rows)
         if not backward:
             return min(plans, key=lambda plan: plan.forward_seconds)
-        return plans[0] if self._memory == "keep" else min(plans, key=lambda plan: plan.seconds)
+        return min(plans, key=self.rank_plan)
+
+    def rank_plan(self, plan: Any, seconds: float | None = None) -> float:
+        """What plans are compared by: predicted (or the given) seconds, more for a heavy plan where memory counts."""
+        seconds = plan.seconds if seconds is None else seconds
+        return seconds * (HEAVY if self._memory == "keep" and getattr(plan, "heavy", False) else 1.0)
 
     @property
     def _recompute(self) -> bool:
