@@ -229,7 +229,7 @@ class TensorRegression(NetworkLayer):
         y = multiply(
             self._plan_for(batch),
             x.reshape(batch, *self._col_modes),
-            list(self.cores),
+            self._core_list(),
             self.bias,
             recompute=self._recompute,
             workspace=self._workspace,

@@ -344,6 +344,12 @@ class NetworkLayer(Freezable):
             return checkpoint(run, x, use_reentrant=False)
         return run(x)
 
+    def _core_list(self) -> list[Tensor]:
+        """The cores; past the list's own indexing, which costs as much as a small product."""
+        cores = self.cores
+        held: Any = cores._parameters
+        return list(held.values()) if len(held) == len(cores) else list(cores)  # parametrized ones are elsewhere
+
     def _dense(self) -> Tensor:
         """Dense tensor in the network's own modes, by the plan made outside traced code."""
         return run(self._dense_steps, list(self.cores))

@@ -126,7 +126,7 @@ class Linear(NetworkLayer):
         exact = out == self.out_features
         bias = self.bias if exact else None
         plan, memory = self._plan_for(batch), self._workspace
-        y = multiply(plan, x, list(self.cores), bias, recompute=self._recompute, workspace=memory).reshape(batch, out)
+        y = multiply(plan, x, self._core_list(), bias, recompute=self._recompute, workspace=memory).reshape(batch, out)
         if not exact:
             y = y[:, : self.out_features]
             if self.bias is not None:
