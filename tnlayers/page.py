@@ -80,7 +80,7 @@ def shorten(text: str, width: int) -> str:
     return text[:head] + ELLIPSIS + (text[-tail:] if tail else "")
 
 
-def compact(count: float) -> str:
+def compact(count: float | int) -> str:
     """Three significant digits and a letter: 784, 4.35k, 201k, 1.24M, 7.6G.
 
     Example:
@@ -94,7 +94,7 @@ def compact(count: float) -> str:
     raise AssertionError(count)
 
 
-def number(value: float | None) -> str:
+def number(value: float | int | None) -> str:
     """Three significant digits; a dash for None; `nan` and `inf` by name.
 
     Example:
@@ -106,7 +106,7 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if math.isfinite(value) else str(float(value))
 
 
-def percent(part: float, whole: float) -> str:
+def percent(part: float | int, whole: float | int) -> str:
     """`part / whole` as percent with three significant digits; a dash where there is no whole.
 
     Example:
