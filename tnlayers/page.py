@@ -52,7 +52,7 @@ class Cell:
     """
 
     text: str
-    sort: float | str | None = None
+    sort: float | int | str | None = None
     style: str = ""
 
 
