@@ -12,6 +12,7 @@ from decompositions import (
     TT,
     LowRank,
     Network,
+    Tree,
     TTMatrix,
     Tucker,
     fill_random,
@@ -20,6 +21,7 @@ from decompositions import (
     st_hosvd,
     svd,
     transpose,
+    tree_svd,
     tt_svd,
     ttm_svd,
     tucker2,
@@ -72,6 +74,13 @@ CASES = [
     Case("ttm-order1", partial(TTMatrix.random, row_modes=(3,), col_modes=(4,), rank=1)),
     Case("ttm", partial(TTMatrix.random, row_modes=(2, 3, 2), col_modes=(3, 1, 2), rank=(3, 2))),
     Case("ttm-tall", partial(TTMatrix.random, row_modes=(4, 3), col_modes=(1, 2), rank=2)),
+    Case("tree-balanced", partial(Tree.random, row_modes=(3, 4), col_modes=(2, 5), rank=2)),
+    Case("tree-order1", partial(Tree.random, row_modes=(4,), rank=1)),
+    Case(
+        "tree-user",
+        partial(Tree.random, row_modes=(3, 2), col_modes=(2, 4, 3), rank=(2, 3, 2, 2), tree=((4, (1,)), 2, ((3,), 0))),
+    ),
+    Case("tree-degree5", partial(Tree.random, row_modes=(2, 3), col_modes=(2, 2, 3), rank=2, tree=(*((k,) for k in range(5)),))),
     Case("ttm-wide-rank1", partial(TTMatrix.random, row_modes=(1, 2), col_modes=(4, 3), rank=1)),
 ]
 
@@ -159,6 +168,7 @@ DECOMPOSITIONS = [
     Decomposition(
         "tt_svd-reversed", lambda x, *a, **k: tt_svd(x, *a, axes=range(getattr(x, "ndim", 0))[::-1], **k), lambda d: d
     ),
+    Decomposition("tree_svd", tree_svd, lambda order: max(1, 2 * order - 2)),
     Decomposition(
         "ttm_svd", lambda x, rank=None, tol=None, **k: ttm_svd(x, None, None, rank, tol, **k), lambda d: 4, 2
     ),
