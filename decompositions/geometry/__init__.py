@@ -1,5 +1,7 @@
 """Geometry of trees of fixed ranks: gauges, tangent vectors, projection, transport, retraction."""
 
+from decompositions.geometry.checks import check_geometry as check_geometry
+from decompositions.geometry.checks import check_gradient as check_gradient
 from decompositions.geometry.gauges import Gauges as Gauges
 from decompositions.geometry.gauges import gauges as gauges
 from decompositions.geometry.tangent import Tangent as Tangent
