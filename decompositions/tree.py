@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from decompositions.formats.tree import DimensionTree, Tree, balanced_tree, largest_ranks, read_tree
-from decompositions.linalg import Method, check_kind, check_ranks, full_precision
+from decompositions.formats.tree import DimensionTree, Tree, balanced_tree, read_tree, tree_ranks
+from decompositions.linalg import Method, check_kind, full_precision
 from decompositions.truncation import Truncation
 
 
@@ -33,7 +33,7 @@ def tree_svd(
 
     Args:
         x: a tensor of any order >= 1.
-        rank: cap for every bond, or an entry for each, in the order of the cores below them.
+        rank: cap for every bond, or an entry for each, in the order of `bonds`.
         tol: relative Frobenius error.
         tree: dimension tree, see `Tree`; a balanced binary one by default.
         num_rows: leading axes of x that are rows of the network; all by default.
@@ -63,7 +63,7 @@ def tree_svd(
         raise ValueError("tree_svd: method='randomized' needs a rank, got rank=None; use method='auto' with tol")
     tree = balanced_tree(x.ndim) if tree is None else tree
     nodes = read_tree("tree_svd", tree, x.ndim)
-    caps = check_ranks("tree_svd", rank, largest_ranks(nodes, x.shape))
+    caps = tree_ranks("tree_svd", nodes, x.shape, rank)
     # axes in the order of the tree: what a subtree carries then stays together, whatever is cut before
     order: list[int] = []
     finish: list[int] = []  # cores, children before their parents

@@ -78,9 +78,12 @@ CASES = [
     Case("tree-order1", partial(Tree.random, row_modes=(4,), rank=1)),
     Case(
         "tree-user",
-        partial(Tree.random, row_modes=(3, 2), col_modes=(2, 4, 3), rank=(2, 3, 2, 2), tree=((4, (1,)), 2, ((3,), 0))),
+        partial(Tree.random, row_modes=(3, 2), col_modes=(2, 4, 3), rank=(3, 3, 2, 2), tree=((4, (1,)), 2, ((3,), 0))),
     ),
-    Case("tree-degree5", partial(Tree.random, row_modes=(2, 3), col_modes=(2, 2, 3), rank=2, tree=(*((k,) for k in range(5)),))),
+    Case(
+        "tree-degree5",
+        partial(Tree.random, row_modes=(2, 3), col_modes=(2, 2, 3), rank=2, tree=(*((k,) for k in range(5)),)),
+    ),
     Case("ttm-wide-rank1", partial(TTMatrix.random, row_modes=(1, 2), col_modes=(4, 3), rank=1)),
 ]
 

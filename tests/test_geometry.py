@@ -4,17 +4,20 @@ The oracle is the Jacobian of the dense tensor with respect to the cores: its ra
 """
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
+from cases import TREES, network
 from torch import Tensor
 
-from cases import TREES, network
-from decompositions import Network, Tree, Tucker, add, inner, norm, scale, to_dense
+from decompositions import TT, LowRank, Network, Tree, TTMatrix, Tucker, add, inner, norm, scale, to_dense
 from decompositions import round as cut
 from decompositions.geometry import (
     Tangent,
     center_gradients,
+    check_geometry,
+    check_gradient,
     dimension,
     gauges,
     hessian_vector_product,
@@ -76,11 +79,10 @@ def test_gauges_hold_every_basis(case, dtype):
             for edge in g.edges:
                 for core, axis in ((g.up[edge.child], edge.child), (g.down[edge.child], edge.parent)):
                     assert core is not None
-                    matrix = core.movedim(g.axis(axis, edge.bond), -1).flatten(0, -2)
+                    matrix = core.movedim(g.axis(axis, edge.bond), -1)
+                    matrix = matrix.reshape(-1, matrix.shape[-1])
                     close(matrix.mH @ matrix, torch.eye(matrix.shape[1], dtype=dtype))
             close(centered.cores[v].norm(), to_dense(net).norm())
-            break_even = torch.linalg.vector_norm(centered.cores[v])
-            assert torch.isfinite(break_even)
 
 
 @dtypes
@@ -104,7 +106,10 @@ def test_project_is_idempotent_and_self_adjoint(case, dtype):
     y, z = randn(net, 2), randn(net, 3)
     py, pz = project(at, y), project(at, z)
     close(project(at, py.to_dense()).to_dense(), py.to_dense())
-    left, right = torch.vdot(py.to_dense().reshape(-1), z.reshape(-1)), torch.vdot(y.reshape(-1), pz.to_dense().reshape(-1))
+    left, right = (
+        torch.vdot(py.to_dense().reshape(-1), z.reshape(-1)),
+        torch.vdot(y.reshape(-1), pz.to_dense().reshape(-1)),
+    )
     close(left, right)
     close(left, py.inner(pz))
     # closest point: the rest is orthogonal to the whole space
@@ -169,10 +174,10 @@ def loss_of(target: Tensor, weights: Tensor):
     return loss
 
 
-def slopes(function, steps=(1e-2, 5e-3, 2.5e-3)) -> list[float]:
+def slopes(function, steps=(4e-4, 2e-4, 1e-4)) -> list[float]:
     """Observed orders of a quantity that vanishes with the step."""
     values = [abs(float(function(h))) for h in steps]
-    return [float(torch.log2(torch.tensor(a / b))) for a, b in zip(values, values[1:], strict=False)]
+    return [float(torch.log2(torch.tensor(a / b))) for a, b in pairwise(values)]
 
 
 @dtypes
@@ -193,15 +198,10 @@ def test_gradient_and_hessian_by_taylor_slopes(case, dtype):
     (euclidean,) = torch.autograd.grad(loss(flat), dense)
     close(g.to_dense(), riemannian_gradient(at, euclidean).to_dense())
     h = hessian_vector_product(at, loss, xi)
-    start, first, second = float(loss(net)), float(g.inner(xi).real), float(h.inner(xi).real)
-
-    def value(t):
-        return float(loss(retract(xi, t)))
-
-    assert all(s > 1.8 for s in slopes(lambda t: value(t) - start - t * first)) or abs(second) < 1e-6
-    order = slopes(lambda t: (value(t) - value(-t)) / 2 - t * first)  # odd part: third order
-    rest = slopes(lambda t: value(t) - start - t * first - t * t * second / 2)
-    assert all(s > 2.7 for s in rest), (rest, order)
+    checks = check_gradient(loss, net)  # slopes 2 and 3 along the retraction
+    assert checks.passed, str(checks)
+    wrong = check_gradient(loss, net, gradient=1.01 * g)
+    assert float(g.norm()) < 1e-10 or not wrong.passed
     # self-adjoint
     eta = project(at, randn(net, 8))
     other = hessian_vector_product(at, loss, eta)
@@ -231,7 +231,7 @@ def test_retraction_is_first_order_and_obeys_ranks_and_tol(case):
 
 @trees
 def test_rank_deficient_points_are_served(case):
-    """Bases are orthonormal and the projection is one onto a space that contains W, also where singular values are 0."""
+    """Bases are orthonormal and the projection is one onto a space that contains W, where singular values are 0 too."""
     net = case(dtype=torch.float64)
     if not case.summable or len(net.cores) == 1:
         return
@@ -243,6 +243,18 @@ def test_rank_deficient_points_are_served(case):
     close(project(at, xi.to_dense()).to_dense(), xi.to_dense())
     close(project(at, to_dense(net)).to_dense(), to_dense(net), 1e-10)
     close(to_dense(xi.to_network(point=True)), to_dense(doubled) + xi.to_dense())
+
+
+@trees
+def test_shipped_checks_pass_and_draw(case, tmp_path):
+    found = check_geometry(case(dtype=torch.float64), figure=tmp_path / "geometry.png")
+    assert found.passed, str(found)
+    assert (tmp_path / "geometry.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("format", [LowRank, Tucker, TT, TTMatrix, Tree], ids=lambda f: f.__name__)
+def test_check_geometry_of_a_format(format):
+    assert check_geometry(format).passed
 
 
 def test_random_trees_of_every_shape():
@@ -292,9 +304,15 @@ def test_a_broken_gauge_is_noticed():
     for dropped in range(len(blocks.blocks[v])):
         own = tuple(block for k, block in enumerate(blocks.blocks[v]) if k != dropped)
         broken = BlockTree(
-            blocks.legs, blocks.rows, blocks.cols, tuple(own if k == v else other for k, other in enumerate(blocks.blocks))
+            blocks.legs,
+            blocks.rows,
+            blocks.cols,
+            tuple(own if k == v else other for k, other in enumerate(blocks.blocks)),
         )
-        again = center_gradients(at, broken)
+        try:
+            again = center_gradients(at, broken)
+        except KeyError:  # nobody stands in that half any more
+            continue
         assert any(not torch.allclose(a, b) for a, b in zip(again, center_gradients(at, xi), strict=True))
     stale = gauges(cut(Tree.random(row_modes=(3, 4), col_modes=(3, 4), rank=3, dtype=torch.float64)))
     assert float((project(stale, z).to_dense() - want).norm()) > 0.1 * float(want.norm())
@@ -302,8 +320,6 @@ def test_a_broken_gauge_is_noticed():
 
 def test_large_networks_are_never_densified():
     """4^30 entries: only sweeps over the cores can do this."""
-    from decompositions import TT
-
     generator = torch.Generator().manual_seed(0)
     net = TT.random(row_modes=(4,) * 30, rank=5, dtype=torch.float64, generator=generator)
     z = TT.random(row_modes=(4,) * 30, rank=3, dtype=torch.float64, generator=generator)
@@ -341,7 +357,9 @@ def test_refusals(call, message):
 
 def test_no_hessian_at_deficient_rank():
     net = Tucker.random(row_modes=(4, 5, 6), rank=2, dtype=torch.float64)
-    flat = Tucker(torch.zeros(2, 2, 2, dtype=torch.float64), net.cores[1:] if net.cores[0].ndim == 3 else net.cores[:-1])
+    flat = Tucker(
+        torch.zeros(2, 2, 2, dtype=torch.float64), net.cores[1:] if net.cores[0].ndim == 3 else net.cores[:-1]
+    )
     at = gauges(flat)
     with pytest.raises(ValueError, match="full rank at every bond"):
         hessian_vector_product(at, partial(_square), project(at, randn(net)))

@@ -1,6 +1,7 @@
-"""Integrators on trees as mathematics: exactness, order, conservation, descent, robustness; each test fails if broken."""
+"""Integrators on trees as mathematics: exactness, order, conservation, descent, robustness."""
 
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from decompositions import TT, LowRank, Network, Tree, TTMatrix, Tucker, add, in
 from decompositions import round as cut
 from decompositions.geometry import gauges, project
 from tnlayers.integrators import DenseField, OperatorField, integrate, kronecker_sum
-from tnlayers.integrators.steps import SCHEMES, SUBSTEPS, Stepper, Truncate, widen
+from tnlayers.integrators.integrate import default_root
+from tnlayers.integrators.steps import SCHEMES, SUBSTEPS, Stepper, Truncate, parallel, widen
 
 F64, C128 = torch.float64, torch.complex128
 SHAPES = {
@@ -40,7 +42,11 @@ def ill_conditioned(shape, ratio: float, seed: int = 0) -> Network:
         for axis, label in enumerate(net.legs[k]):
             if label in net.bonds and k == min(j for j, leg in enumerate(net.legs) if label in leg):
                 size = core.shape[axis]
-                values = torch.logspace(0, torch.log10(torch.tensor(ratio)).item(), size, dtype=F64) if size > 1 else torch.ones(1, dtype=F64)
+                values = (
+                    torch.logspace(0, torch.log10(torch.tensor(ratio)).item(), size, dtype=F64)
+                    if size > 1
+                    else torch.ones(1, dtype=F64)
+                )
                 view = [1] * core.ndim
                 view[axis] = size
                 cores[k] = cores[k] * values.reshape(view)
@@ -87,7 +93,7 @@ def test_parallel_is_not_exact_but_of_local_order_two():
         done = integrate(lambda t, y, d=increment: d, start, (0.0, h), 1, method="parallel", substep="euler")
         errors.append(float((to_dense(done.network) - end).norm()))
     assert errors[0] > 1e-4
-    assert all(1.7 < a / b / 2 < 2.4 for a, b in zip(errors, errors[1:], strict=False))
+    assert all(1.7 < a / b / 2 < 2.4 for a, b in pairwise(errors))
 
 
 @shapes
@@ -130,7 +136,7 @@ def test_every_method_follows_a_smooth_flow(shape, method):
         assert float((to_dense(done.network) - to_dense(dense.network)).norm()) <= 1e-9 * float(exact.norm())
         errors.append(float((to_dense(done.network) - exact).norm() / exact.norm()))
     assert errors[1] < 0.2
-    assert errors[1] <= errors[0] * 0.7 or errors[1] < 1e-6
+    assert errors[1] <= errors[0] * 0.7 or errors[1] < 1e-5
 
 
 def potential(n: int) -> tuple[Tensor, Tensor]:
@@ -173,14 +179,14 @@ def observed(method: str, steps: tuple[int, ...], theta: float, ratio: float = 0
 
 
 def orders(errors: list[float]) -> list[float]:
-    return [float(torch.log2(torch.tensor(a / b))) for a, b in zip(errors, errors[1:], strict=False)]
+    return [float(torch.log2(torch.tensor(a / b))) for a, b in pairwise(errors)]
 
 
 @pytest.mark.parametrize(
     ("method", "steps", "theta", "low", "high"),
     [
         ("parallel", (20, 40, 80), 1e-5, 0.9, 1.1),
-        ("parallel2", (10, 20, 40), 1e-6, 1.8, 2.2),
+        ("parallel2", (20, 40, 80), 1e-6, 1.8, 2.25),
         ("midpoint", (5, 10, 20), 1e-6, 1.8, 9.0),
         ("augmented", (20, 40, 80), 1e-5, 0.9, 9.0),
         ("corrected", (20, 40, 80), 1e-5, 0.9, 9.0),
@@ -270,29 +276,74 @@ def ising(d: int, tree: Network) -> Network:
     return kronecker_sum(tree, terms, coefficients=strength)
 
 
-def product_state(d: int, format, **options) -> Network:
-    """Rank-1 state on a tree, with a little admixture so that every bond has a second direction."""
-    net = format.random(row_modes=(2,) * d, rank=1, dtype=C128, generator=generator(3), **options)
-    return scale(net, 1 / float(norm(net)))
+def coupled(shape, n: int, d: int) -> tuple[Network, OperatorField, Tensor]:
+    """D particles on n points with pairwise coupling, singular values of the start down to 1e-4; the exact solution."""
+    net = ill_conditioned(shape, 1e-4).to(C128)
+    k, v = potential(n)
+    terms = [{a: k} for a in range(d)] + [{a: v, b: v} for a in range(d) for b in range(a + 1, d)]
+    strength = [0.05] * d + [0.125] * (d * (d - 1) // 2)
+    field = OperatorField(kronecker_sum(net, terms, coefficients=strength), -1j)
+    h = to_dense(field.operator).reshape(n**d, n**d)
+    values, vectors = torch.linalg.eigh((h + h.T) / 2)
+    vectors = vectors.to(C128)
+    exact = vectors @ (torch.exp(-1j * values) * (vectors.mH @ to_dense(net).reshape(-1)))
+    return net, field, exact.reshape(net.shape)
 
 
-@pytest.mark.parametrize("format", [Tucker, TT, Tree], ids=lambda f: f.__name__)
+PROBLEMS = {
+    "tucker": (partial(Tucker.random, row_modes=(10,) * 3, rank=3), 10, 3),
+    "tt": (partial(TT.random, row_modes=(6,) * 4, rank=3), 6, 4),
+    "tree": (partial(Tree.random, row_modes=(6,) * 4, rank=3), 6, 4),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 @pytest.mark.parametrize(
     ("method", "steps", "low", "high"),
-    [("parallel", (40, 80, 160), 0.85, 1.15), ("parallel2", (20, 40, 80), 1.75, 2.3), ("midpoint", (10, 20, 40), 1.8, 9), ("augmented", (40, 80, 160), 0.9, 9)],
+    [("parallel2", (20, 40), 1.8, 2.2), ("midpoint", (5, 10), 1.8, 9.0), ("augmented", (10, 40), 0.9, 9.0)],
 )
-def test_order_on_the_spin_chain(format, method, steps, low, high):
-    """Four sites; the reference is the matrix exponential."""
-    start = product_state(4, format)
-    operator = ising(4, start)
-    field = OperatorField(operator, -1j)
-    h = to_dense(operator).reshape(16, 16)
-    exact = (torch.linalg.matrix_exp(-1j * h) @ to_dense(start).reshape(16)).reshape(2, 2, 2, 2)
+def test_order_on_trees(problem, method, steps, low, high):
+    net, field, exact = coupled(*problem)
     errors = []
     for n in steps:
-        done = integrate(field, start, (0.0, 1.0), n, method=method, theta=1e-6 / n)
+        done = integrate(field, net, (0.0, 1.0), n, method=method, theta=1e-6 / n)
         errors.append(float((to_dense(done.network) - exact).norm()))
-    assert all(low <= slope <= high for slope in orders(errors)) or errors[-1] < 1e-7, (errors, orders(errors))
+    slope = orders(errors)[0] / float(torch.log2(torch.tensor(steps[1] / steps[0])))
+    assert low <= slope <= high, (errors, slope)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_parallel_is_of_order_one_on_trees_and_repeated_steps_help(problem):
+    net, field, exact = coupled(*problem)
+    root = default_root(net)
+
+    def error(n: int, retries: int) -> float:
+        step = Stepper(field, SUBSTEPS["rk4"], Truncate(None, 1e-6 / n, None), root)
+        y = net
+        for k in range(n):
+            y = parallel(step, y, k / n, 1 / n, retries=retries)
+        return float((to_dense(y) - exact).norm())
+
+    errors = [error(n, 0) for n in (10, 20, 40)]
+    assert all(0.9 <= slope <= 1.1 for slope in orders(errors)), errors
+    assert error(20, 3) < errors[1] / 10
+
+
+def test_long_range_ising_from_a_product_state():
+    """Eight sites, TT and tree: ranks grow from 1, the energy stays; the first step misses what no basis holds yet."""
+    for format in (TT, Tree):
+        start = format.random(row_modes=(2,) * 8, rank=1, dtype=C128, generator=generator(3))
+        start = scale(start, 1 / float(norm(start)))
+        operator = ising(8, start)
+        h = to_dense(operator).reshape(256, 256)
+        exact = torch.linalg.matrix_exp(-0.2j * h.to(C128)) @ to_dense(start).reshape(-1)
+        done = integrate(OperatorField(operator, -1j), start, (0.0, 0.2), 40, method="midpoint", theta=1e-8)
+        y = to_dense(done.network).reshape(-1)
+        assert float((y - exact).norm()) <= 2e-3
+        assert done.ranks[0] == (1,) * len(start.bonds)
+        assert max(done.ranks[-1]) >= 4
+        energy = [float(torch.vdot(z, h.to(C128) @ z).real) for z in (to_dense(start).reshape(-1), y)]
+        assert energy[0] == pytest.approx(energy[1], abs=2e-3)
 
 
 def test_kronecker_sum_is_the_sum():
@@ -313,7 +364,9 @@ def test_adaptive_steps_meet_the_error_and_events_stop():
     early = integrate(field, start, (0.0, 1.0), 10, method="bug", events=[lambda t, y: t > 0.35])
     assert early.stopped
     assert early.times[-1] == pytest.approx(0.4)
-    back = integrate(field, integrate(field, start, (0.0, 0.5), 50, method="strang").network, (0.5, 0.0), 50, method="strang")
+    back = integrate(
+        field, integrate(field, start, (0.0, 0.5), 50, method="strang").network, (0.5, 0.0), 50, method="strang"
+    )
     assert float((to_dense(back.network) - to_dense(start)).norm()) <= 1e-4
 
 

@@ -90,11 +90,11 @@ class Tree(Network):
         rank: int | Sequence[int],
         tree: DimensionTree | None = None,
     ) -> "Tree":
-        """Shapes alone, on the meta device. `rank`: a cap for all bonds, or an entry for each child in core order."""
+        """Shapes alone, on the meta device. `rank`: a cap for all bonds, or one entry a bond, in their order."""
         sizes = (*row_modes, *col_modes)
         tree = balanced_tree(len(sizes)) if tree is None else tree
         nodes = read_tree("Tree", tree, len(sizes))
-        ranks = check_ranks("Tree", rank, largest_ranks(nodes, sizes))
+        ranks = tree_ranks("Tree", nodes, sizes, rank)
         shapes = tree_shapes(nodes, sizes, ranks)
         return cls([torch.empty(shape, device="meta") for shape in shapes], tree, len(row_modes))
 
@@ -197,6 +197,14 @@ def largest_ranks(nodes: Sequence[Node], sizes: Sequence[int]) -> list[int]:
     for k in range(len(nodes) - 1, 0, -1):
         below[nodes[k].parent] *= below[k]
     return [min(size, below[0] // size) for size in below[1:]]
+
+
+def tree_ranks(name: str, nodes: Sequence[Node], sizes: Sequence[int], rank: int | Sequence[int] | None) -> list[int]:
+    """Caps of the bonds above core 1, 2, ...; the user's entries are in the order in which the cores show the bonds."""
+    largest = largest_ranks(nodes, sizes)
+    shown = [child for node in nodes for child in node.children]
+    caps = dict(zip(shown, check_ranks(name, rank, [largest[child - 1] for child in shown]), strict=True))
+    return [caps[k] for k in range(1, len(nodes))]
 
 
 def balanced_tree(axes: int | Sequence[int]) -> DimensionTree:

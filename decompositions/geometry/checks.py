@@ -50,7 +50,11 @@ class Check:
         return self.value >= self.limit if self.steps else self.value <= self.limit
 
     def __str__(self) -> str:
-        kind = f"slope {self.value:.2f} (at least {self.limit:g})" if self.steps else f"{self.value:.1e} (at most {self.limit:g})"
+        kind = (
+            f"slope {self.value:.2f} (at least {self.limit:g})"
+            if self.steps
+            else f"{self.value:.1e} (at most {self.limit:g})"
+        )
         return f"{'ok    ' if self.passed else 'FAILED'} {self.name}: {kind}"
 
 
@@ -78,7 +82,9 @@ class Checks:
         for row in self.rows:
             if not row.steps:
                 continue
-            (line,) = axes.loglog(row.steps, [max(r, 1e-18) for r in row.remainders], "o-", markersize=4, label=str(row)[7:])
+            (line,) = axes.loglog(
+                row.steps, [max(r, 1e-18) for r in row.remainders], "o-", markersize=4, label=str(row)[7:]
+            )
             expected = round(row.limit + 0.2)
             start = next((k for k, r in enumerate(row.remainders) if r > 0), 0)
             guide = [row.remainders[start] * (h / row.steps[start]) ** expected for h in row.steps]
@@ -159,15 +165,21 @@ def check_geometry(
     flat = pz.to_dense()
     other = round_network(retract(pz, 0.3))
     moved = transport(other, pz)
-    rows_found = [
-        Check("gauges represent W", float((to_dense(at.net) - dense).norm()), 1e-13),
-        Check("doubled tree is W + xi", float((to_dense(pz.to_network(point=True)) - dense - flat).norm()), 1e-13),
-        Check("projection is idempotent", float((project(at, flat).to_dense() - flat).norm()), 1e-13),
-        Check("projection is self-adjoint", float(torch.abs(torch.vdot(py.to_dense().reshape(-1), z.reshape(-1)) - torch.vdot(y.reshape(-1), flat.reshape(-1)))), 1e-13),
-        Check("closest point", float(torch.abs(torch.vdot(py.to_dense().reshape(-1), (z - flat).reshape(-1)))), 1e-13),
-        Check("inner product of deltas", float(torch.abs(py.inner(pz) - torch.vdot(py.to_dense().reshape(-1), flat.reshape(-1)))), 1e-13),
-        Check("transport is projection", float((moved.to_dense() - project(moved.at, flat).to_dense()).norm()), 1e-12),
-    ]  # fmt: skip
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return torch.vdot(a.reshape(-1), b.reshape(-1))
+
+    along_y = py.to_dense()
+    defects = {
+        "gauges represent W": to_dense(at.net) - dense,
+        "doubled tree is W + xi": to_dense(pz.to_network(point=True)) - dense - flat,
+        "projection is idempotent": project(at, flat).to_dense() - flat,
+        "projection is self-adjoint": dot(along_y, z) - dot(y, flat),
+        "closest point": dot(along_y, z - flat),
+        "inner product of deltas": py.inner(pz) - dot(along_y, flat),
+        "transport is projection": moved.to_dense() - project(moved.at, flat).to_dense(),
+    }
+    rows_found = [Check(name, float(torch.linalg.vector_norm(value)), 1e-12) for name, value in defects.items()]
 
     def off(t: float) -> float:
         return float((to_dense(retract(pz, t)) - dense - t * flat).norm())
@@ -210,9 +222,7 @@ def check_gradient(
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     at = gauges(network.detach()) if gradient is None else gradient.at
-    deltas = [
-        torch.randn(core.shape, dtype=core.dtype, generator=generator).to(core.device) for core in at.center
-    ]
+    deltas = [torch.randn(core.shape, dtype=core.dtype, generator=generator).to(core.device) for core in at.center]
     xi = project(at, Tangent(at, tuple(deltas)).blocks())
     xi = xi * (float(norm(network.detach())) / max(float(xi.norm()), 1e-300))
     g = riemannian_gradient(at, loss) if gradient is None else gradient
@@ -245,4 +255,3 @@ def _finish(title: str, rows: Sequence[Check], figure: str | Path | None) -> Che
     if figure is not None:
         found.figure(figure)
     return found
-

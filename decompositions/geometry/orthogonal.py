@@ -131,8 +131,8 @@ def inverse_exponential(q: Inexact[Tensor, "n n"]) -> Inexact[Tensor, "n n"]:
 def householder(x: Inexact[Tensor, "*batch n k"]) -> Inexact[Tensor, "*batch n k"]:
     """Product of k reflections `H_1 ... H_k`, its first k columns, each times the sign on the diagonal of x.
 
-    `H_j = I - tau v v^H` with `v = (0, ..., 0, 1, x_{j+1,j}, ..., x_{n,j})` and `tau = 2 / ‖v‖^2`: what stands below the
-    diagonal of x is free. A row of zeros below makes the reflection of one axis.
+    `H_j = I - tau v v^H` with `v = (0, ..., 0, 1, x_{j+1,j}, ..., x_{n,j})` and `tau = 2 / ‖v‖^2`: what stands below
+    the diagonal of x is free. Zeros there make the reflection of one axis.
 
     Args:
         x: tall; the entries above the diagonal have no say.

@@ -290,9 +290,8 @@ def _all_but_one(
 @_gradients.register
 def _(z: Network, at: Gauges[Any]) -> list[Tensor]:
     net = at.net
-    if (z.rows, z.cols, z.shape) != (net.rows, net.cols, net.shape):
-        if z.shape != net.shape or len(z.rows) != len(net.rows):
-            raise ValueError(f"project: z must have the modes of the point, expected {net!r}, got {z!r}")
+    if z.shape != net.shape or len(z.rows) != len(net.rows):
+        raise ValueError(f"project: z must have the modes of the point, expected {net!r}, got {z!r}")
     if z.legs == net.legs and (z.rows, z.cols) == (net.rows, net.cols):
         return _block_gradients(BlockTree.of(z), at)
     # another network: its labels are made distinct from ours, but for the outside ones
@@ -317,7 +316,7 @@ def _(z: BlockTree, at: Gauges[Any]) -> list[Tensor]:
 
 
 @_gradients.register
-def _(z: Tangent, at: Gauges[Any]) -> list[Tensor]:  # type: ignore[type-arg]
+def _(z: Tangent, at: Gauges[Any]) -> list[Tensor]:
     if z.at.net.legs == at.net.legs:
         return _block_gradients(z.blocks(), at)
     return _gradients(z.to_network(), at)
@@ -362,7 +361,11 @@ def _accumulate(messages: dict[int, Tensor], half: int, value: Tensor) -> None:
 
 @full_precision
 def retract(
-    xi: Tangent[N], step: float = 1.0, *, rank: int | Sequence[int] | Mapping[str, int] | None = None, tol: float | None = None
+    xi: Tangent[N],
+    step: float = 1.0,
+    *,
+    rank: int | Sequence[int] | Mapping[str, int] | None = None,
+    tol: float | None = None,
 ) -> N:
     """Back to the manifold: `round(W + step xi)`, to the ranks of the point, to other ranks, or by a tolerance.
 
@@ -467,7 +470,7 @@ def _probe_gradients(at: Gauges[N], loss: Loss, *, create_graph: bool) -> list[T
 
 @full_precision
 def hessian_vector_product(point: N | Gauges[N], loss: Loss, xi: Tangent[N]) -> Tangent[N]:
-    """Riemannian Hessian of a loss applied to a tangent vector: `P(D grad f(W)[xi])`, curvature of the manifold included.
+    """Riemannian Hessian of a loss times a tangent vector: `P(D grad f(W)[xi])`, curvature of the manifold included.
 
     `<H xi, xi> = d^2/dt^2 f(R(t xi))` at t = 0 for the retraction of this module. By automatic differentiation of the
     projected gradient along a curve with velocity xi; the curvature term contains the inverses of the links S_e, so

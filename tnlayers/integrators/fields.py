@@ -52,6 +52,7 @@ class DenseField:
         self.function = function
 
     def __call__(self, t: float, y: Tensor) -> Tensor:
+        """The function's value, its shape checked."""
         value = self.function(t, y)
         if not isinstance(value, Tensor) or value.shape != y.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -96,13 +97,16 @@ class OperatorField:
 
     def __init__(self, operator: Network, factor: complex | Callable[[float], complex] = 1.0) -> None:
         if not operator.is_tree or len(operator.rows) != len(operator.cols):
-            raise ValueError(f"OperatorField: the operator must be a tree with as many columns as rows, got {operator!r}")
+            raise ValueError(
+                f"OperatorField: the operator must be a tree with as many columns as rows, got {operator!r}"
+            )
         self.operator = operator
         self.factor = factor if callable(factor) else (lambda t: factor)
         self._messages: dict[tuple[int, int], tuple[list[Any], Tensor]] = {}
         self._checked: tuple[Labels, ...] | None = None
 
     def __call__(self, t: float, y: Tensor) -> Tensor:
+        """Dense `factor(t) A Y`, for references and small problems."""
         order = len(self.operator.rows)
         dense = to_dense(self.operator).to(y.dtype)
         return self.factor(t) * torch.tensordot(dense, y, dims=order)
@@ -146,7 +150,11 @@ class OperatorField:
         key, core = (source, target), net.cores[source]
         parts = [core, *inner]
         known = self._messages.get(key)
-        if known is not None and len(known[0]) == len(parts) and all(a is b for a, b in zip(known[0], parts, strict=True)):
+        if (
+            known is not None
+            and len(known[0]) == len(parts)
+            and all(a is b for a, b in zip(known[0], parts, strict=True))
+        ):
             return known[1]
         op, names = self.operator, self._names(net, source)
         legs = net.legs[source]
@@ -162,7 +170,9 @@ class OperatorField:
         if self._checked == net.legs:
             return
         op = self.operator
-        wanted = [{_bond(net.legs, k, j) is not None and j for j in _neighbours(net.legs, k)} for k in range(len(net.cores))]
+        wanted = [
+            {_bond(net.legs, k, j) is not None and j for j in _neighbours(net.legs, k)} for k in range(len(net.cores))
+        ]
         same = len(op.cores) == len(net.cores) and all(
             set(_neighbours(op.legs, k)) == set(want) for k, want in enumerate(wanted)
         )
@@ -193,7 +203,11 @@ def _neighbours(legs: Sequence[Labels], core: int) -> list[int]:
 
 
 def kronecker_sum(
-    like: Network, terms: Sequence[Mapping[int, Tensor]], *, coefficients: Sequence[complex] | None = None, tol: float = 1e-14
+    like: Network,
+    terms: Sequence[Mapping[int, Tensor]],
+    *,
+    coefficients: Sequence[complex] | None = None,
+    tol: float = 1e-14,
 ) -> Network:
     """The operator `A = sum_k c_k (A_{k,1} x ... x A_{k,d})` as a tree on the tree of `like`.
 
@@ -240,7 +254,9 @@ def kronecker_sum(
         for axis, matrix in term.items():
             if not 0 <= axis < len(shape) or tuple(matrix.shape) != (shape[axis], shape[axis]):
                 wanted = f"axes 0..{len(shape) - 1} with square matrices of the modes {shape}"
-                raise ValueError(f"kronecker_sum: expected {wanted}, got {tuple(matrix.shape)} at axis {axis} of term {k}")
+                raise ValueError(
+                    f"kronecker_sum: expected {wanted}, got {tuple(matrix.shape)} at axis {axis} of term {k}"
+                )
         cores, legs = [], []
         for v, leg in enumerate(like.legs):
             core, names = torch.ones((), dtype=dtype) * (c if v == 0 else 1.0), []
@@ -257,10 +273,14 @@ def kronecker_sum(
             legs.append(tuple(names))
         rows, cols = tuple(f"row:{label}" for label in outside), tuple(f"col:{label}" for label in outside)
         one = Network(tuple(cores), tuple(legs), rows, cols)
-        total = one if total is None else add(total, one) if len(like.cores) > 1 else one.replace([total.cores[0] + one.cores[0]])
+        total = (
+            one
+            if total is None
+            else add(total, one)
+            if len(like.cores) > 1
+            else one.replace([total.cores[0] + one.cores[0]])
+        )
         if k % 16 == 15 or k == len(terms) - 1:
             total = cut(total, tol=tol)
     assert total is not None
     return total
-
-

@@ -78,7 +78,7 @@ def integrate(
 
     | method | order | ranks | what is known |
     |---|---|---|---|
-    | "splitting", "strang" | 1, 2 | fixed | exact where the solution has the rank; a backward step, unstable where F is stiff |
+    | "splitting", "strang" | 1, 2 | fixed | exact where the solution has the rank; stiffness breaks its backward step |
     | "bug" | 1 | fixed | exact likewise; no backward step |
     | "augmented" | 1 | adaptive | the same, and norm, energy and descent up to the truncation |
     | "midpoint" | 2 | adaptive | |
@@ -130,7 +130,9 @@ def integrate(
         raise ValueError(f"integrate: substep must be one of {tuple(SUBSTEPS)}, got {substep!r}")
     t, end = map(float, t_span)
     if not (isfinite(t) and isfinite(end)) or isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"integrate: expected finite times and at least one step, got t_span={t_span}, steps={steps!r}")
+        raise ValueError(
+            f"integrate: expected finite times and at least one step, got t_span={t_span}, steps={steps!r}"
+        )
     for name, value in (("tol", tol), ("theta", theta), ("adaptive", adaptive)):
         if value is not None and not (isfinite(value) and value >= 0):
             raise ValueError(f"integrate: {name} must be a number >= 0, got {value}")

@@ -48,11 +48,13 @@ class Truncate(NamedTuple):
     rank: Any
 
     def __call__(self, net: Network, root: int) -> Network:
+        """The network cut to what is allowed."""
         tol = self.tol
         if self.theta is not None:
             size = float(norm(net))
             relative = self.theta / size if size > 0 else 0.0
             tol = relative if tol is None else min(tol, relative)
+        tol = None if tol == 0 else tol  # what is redundant is removed all the same
         return cut(net, rank=self.rank, tol=tol, center=root)
 
     def budget(self, net: Network) -> float:
@@ -72,8 +74,18 @@ class Stepper:
     root: int
 
     def evolve(self, net: Network, core: int, t: float, h: float, start: Tensor | None = None) -> Tensor:
-        """Integrate the center core, the others fixed; `start` in place of the net's own."""
-        return self.substep(self.field.restrict(net, core), net.cores[core] if start is None else start, t, h)
+        """Integrate the center core, the others fixed; `start` in place of the net's own.
+
+        Raises:
+            ValueError: the result is not finite.
+        """
+        done = self.substep(self.field.restrict(net, core), net.cores[core] if start is None else start, t, h)
+        if not bool(torch.isfinite(done).all()):
+            raise ValueError(
+                f"integrate: Y is not finite in the step from t = {t:.6g} by {h:.3g}; take more steps, or a method "
+                "without a backward step (augmented, parallel) where F is stiff"
+            )
+        return done
 
     def edges(self, net: Network) -> tuple[TreeEdge, ...]:
         """Bonds from the root down."""
@@ -169,6 +181,11 @@ def _split(walk: _Walk, order: Sequence[tuple[int, int | None]], t: float, h: fl
             walk._set({core: walk.step.evolve(walk.net, core, t, h)})
         else:
             walk.shift(other, (t, h))
+
+
+def _given(core: Tensor | None) -> Tensor:
+    assert core is not None
+    return core
 
 
 # --- basis update and Galerkin: new bases from the leaves up, the root core last ---
@@ -269,7 +286,7 @@ def complement(basis: Tensor, vectors: Tensor) -> Tensor:
 
 
 Directions = Callable[[Network, int, Tensor], Tensor]
-"""(tree centered at a core with augmented bases below, the core, its start value) -> directions to add, of its shape."""
+"""(tree centered at a core with augmented bases below, the core, its start value) -> directions to add."""
 
 
 def augment(at: Gauges[Any], directions: Directions) -> dict[int, Tensor]:
@@ -322,8 +339,8 @@ def midpoint(step: Stepper, net: Network, t: float, h: float) -> Network:
     """Second-order midpoint BUG: bases from an augmented half step and the field there, one full Galerkin step.
 
     References:
-        G. Ceruti, L. Einkemmer, J. Kusch, C. Lubich, A robust second-order low-rank BUG integrator based on the midpoint
-        rule, BIT 2024.
+        G. Ceruti, L. Einkemmer, J. Kusch, C. Lubich, A robust second-order low-rank BUG integrator based on the
+        midpoint rule, BIT 2024.
     """
     first = gauges(net, step.root)
     half = augment(first, lambda tree, v, start: step.evolve(tree, v, t, h / 2))
@@ -332,7 +349,7 @@ def midpoint(step: Stepper, net: Network, t: float, h: float) -> Network:
     cores[step.root] = step.evolve(middle, step.root, t, h / 2)
     # the bases of the half step are kept as they are: they begin with those of Y0, whose coordinates are zero-padded
     at = gauges(_unchecked(net, cores), step.root)
-    at = _with_up(at, {k: core for k, core in half.items()}, cores[step.root])
+    at = _with_up(at, half, cores[step.root])
     new = augment(at, lambda tree, v, start: step.field.restrict(tree, v)(t + h / 2, start))
     last = _in_bases(at, new, middle.cores[step.root])
     done = list(last.cores)
@@ -372,8 +389,8 @@ def parallel(step: Stepper, net: Network, t: float, h: float, *, safety: float =
     """Parallel BUG: every core evolves from the old bases; a step whose new bases see much of the field is repeated.
 
     `Y1 = round(Y0 + xi)` with the deltas C_v(t + h) - C_v. The block that is missing at a bond is O(h eta), eta the
-    norm of F between the new directions of both sides; where `h eta > safety x budget` at some bond, or nothing could be
-    discarded there, the step starts again from Y0 in the augmented bases.
+    norm of F between the new directions of both sides; where `h eta > safety x budget` at some bond, the step starts
+    again from Y0 in the augmented bases.
 
     References:
         G. Ceruti, J. Kusch, C. Lubich, A parallel rank-adaptive integrator for dynamical low-rank approximation, SIAM
@@ -390,7 +407,9 @@ def parallel(step: Stepper, net: Network, t: float, h: float, *, safety: float =
     return result
 
 
-def _rejected(step: Stepper, at: Gauges[Any], xi: Tangent[Any], result: Network, t: float, h: float, safety: float) -> bool:
+def _rejected(
+    step: Stepper, at: Gauges[Any], xi: Tangent[Any], result: Network, t: float, h: float, safety: float
+) -> bool:
     budget = step.truncate.budget(result)
     if budget <= 0:
         return False
@@ -416,7 +435,7 @@ def widen(at: Gauges[Any], deltas: Sequence[Tensor]) -> Gauges[Any]:
     core above; coordinates of Y0 are padded with zeros, so that no basis depends on vanishing singular values.
     """
     up = augment(at, lambda tree, v, start: _pad_like(deltas[v], start))
-    return _assemble(at, up, lambda parent, axis, like: flatten(_pad_like(deltas[parent], like), axis))
+    return _assemble(at, up, lambda tree, v, start: _pad_like(deltas[v], start))
 
 
 def _pad_like(value: Tensor, like: Tensor) -> Tensor:
@@ -425,10 +444,8 @@ def _pad_like(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
-def _assemble(
-    at: Gauges[Any], up: dict[int, Tensor], above: Callable[[int, int, Tensor], Tensor]
-) -> Gauges[Any]:
-    """Gauges in augmented bases: `up` is given, V is augmented by `above(parent, axis, center core of the parent)`."""
+def _assemble(at: Gauges[Any], up: dict[int, Tensor], directions: Directions) -> Gauges[Any]:
+    """Gauges in augmented bases: `up` is given, V grows from the root down by what the old U see of the directions."""
     cores = [up.get(k, core) for k, core in enumerate(at.up)]
     centers: list[Tensor] = list(at.center)
     down: list[Tensor | None] = list(at.down)
@@ -439,13 +456,17 @@ def _assemble(
     for edge in at.edges:
         child, parent = edge.child, edge.parent
         axis, own = at.axis(parent, edge.bond), at.axis(child, edge.bond)
-        old = at.down[child]
-        assert old is not None
+        old = _given(at.down[child])
         target = [*centers[parent].shape]
         target[axis] = old.shape[axis]
         basis = flatten(_pad_like(old, centers[parent].new_empty(target)), axis)
-        found = above(parent, axis, centers[parent])
-        q = torch.cat([basis, complement(basis, found)], 1)
+        tree, k = list(cores), parent
+        tree[k] = centers[k]
+        while k != at.root:
+            tree[at.above[k].parent], k = _given(down[k]), at.above[k].parent
+        found = directions(_unchecked(at.net, tree), parent, centers[parent])
+        found = found.narrow(axis, 0, at.up[child].shape[own])
+        q = torch.cat([basis, complement(basis, flatten(found, axis))], 1)
         down[child] = unflatten(q, centers[parent].shape, axis)
         link = pad(pad(links[edge.bond], 0, up[child].shape[own]), 1, q.shape[1])
         links[edge.bond] = link
@@ -460,14 +481,11 @@ def parallel2(step: Stepper, net: Network, t: float, h: float) -> Network:
         J. Kusch, Second-order robust parallel integrators for dynamical low-rank approximation, arXiv 2403.02834.
     """
     at = gauges(net, step.root)
-    up = augment(at, lambda tree, v, start: step.field.restrict(tree, v)(t, start))
 
-    deltas = []
-    for v in range(len(at.up)):
-        tree = _unchecked(at.net, at.centered(v).cores)
-        deltas.append(step.field.restrict(tree, v)(t, at.center[v]))
-    wide = _assemble(at, up, lambda parent, axis, like: flatten(_pad_like(deltas[parent], like), axis))
-    xi = _parallel(step, wide, t, h)
+    def seen(tree: Network, v: int, start: Tensor) -> Tensor:
+        return step.field.restrict(tree, v)(t, start)
+
+    xi = _parallel(step, _assemble(at, augment(at, seen), seen), t, h)
     return step.truncate(xi.to_network(point=True), step.root)
 
 
@@ -498,6 +516,15 @@ SCHEMES: dict[str, Callable[[Stepper, Network, float, float], Network]] = {
     "corrected": corrected,
 }
 
-ORDERS = {"splitting": 1, "strang": 2, "bug": 1, "augmented": 1, "midpoint": 2, "parallel": 1, "parallel2": 2, "corrected": 1}
+ORDERS = {
+    "splitting": 1,
+    "strang": 2,
+    "bug": 1,
+    "augmented": 1,
+    "midpoint": 2,
+    "parallel": 1,
+    "parallel2": 2,
+    "corrected": 1,
+}
 FIXED = ("splitting", "strang", "bug")
 """Schemes that keep the ranks of the start."""
