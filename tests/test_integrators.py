@@ -11,8 +11,11 @@ from decompositions import TT, LowRank, Network, Tree, TTMatrix, Tucker, add, in
 from decompositions import round as cut
 from decompositions.geometry import gauges, project
 from tnlayers.integrators import DenseField, OperatorField, integrate, kronecker_sum
+from tnlayers.integrators.bug import _augmented
 from tnlayers.integrators.integrate import default_root
-from tnlayers.integrators.steps import SCHEMES, SUBSTEPS, Stepper, Truncate, parallel, widen
+from tnlayers.integrators.parallel import _parallel, parallel, widen
+from tnlayers.integrators.schemes import SCHEMES
+from tnlayers.integrators.steps import SUBSTEPS, Stepper, Truncate
 
 F64, C128 = torch.float64, torch.complex128
 SHAPES = {
@@ -234,8 +237,6 @@ def masked(n: int = 30, m: int = 20):
 @pytest.mark.parametrize("method", ["augmented", "parallel"])
 def test_descent_before_truncation(method):
     """No violation in 400 steps of size 1 / Lipschitz: the loss before truncation is below the loss before the step."""
-    from tnlayers.integrators import steps as module
-
     loss, field, lipschitz = masked()
     net = LowRank.random(row_modes=(30,), col_modes=(20,), rank=3, dtype=F64, generator=generator(6))
     h = 1 / lipschitz
@@ -243,9 +244,9 @@ def test_descent_before_truncation(method):
     for _ in range(400):
         before = loss(to_dense(net))
         if method == "augmented":
-            free = module._augmented(step, net, 0.0, h)
+            free = _augmented(step, net, 0.0, h)
         else:
-            free = module._parallel(step, gauges(net, 1), 0.0, h).to_network(point=True)
+            free = _parallel(step, gauges(net, 1), 0.0, h).to_network(point=True)
         assert loss(to_dense(free)) <= before + 1e-15
         net = step.truncate(free, 1)
 

@@ -15,15 +15,9 @@ from torch import Tensor
 from decompositions.formats.algebra import norm, scale, to_dense
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.network import Network
+from decompositions.geometry.derivatives import hessian_vector_product, riemannian_gradient
 from decompositions.geometry.gauges import gauges
-from decompositions.geometry.tangent import (
-    Tangent,
-    hessian_vector_product,
-    project,
-    retract,
-    riemannian_gradient,
-    transport,
-)
+from decompositions.geometry.tangent import Tangent, project, retract, transport
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 from decompositions import Network, norm
 from decompositions.formats.network import tree_edges
 from tnlayers.integrators.fields import DenseField, Field
-from tnlayers.integrators.steps import FIXED, ORDERS, SCHEMES, SUBSTEPS, Stepper, Truncate
+from tnlayers.integrators.schemes import FIXED, ORDERS, SCHEMES
+from tnlayers.integrators.steps import SUBSTEPS, Stepper, Truncate
 
 Event = Callable[[float, Network], bool]
 
