@@ -96,7 +96,7 @@ class Tangent(Generic[N]):
     def __sub__(self, other: "Tangent[N]") -> "Tangent[N]":
         return self._with([a - b for a, b in zip(self.deltas, self._matching(other), strict=True)])
 
-    def __mul__(self, factor: complex | Tensor) -> "Tangent[N]":
+    def __mul__(self, factor: float | complex | Tensor) -> "Tangent[N]":
         return self._with([delta * factor for delta in self.deltas])
 
     __rmul__ = __mul__

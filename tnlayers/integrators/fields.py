@@ -95,7 +95,7 @@ class OperatorField:
         5.0
     """
 
-    def __init__(self, operator: Network, factor: complex | Callable[[float], complex] = 1.0) -> None:
+    def __init__(self, operator: Network, factor: float | complex | Callable[[float], float | complex] = 1.0) -> None:
         if not operator.is_tree or len(operator.rows) != len(operator.cols):
             raise ValueError(
                 f"OperatorField: the operator must be a tree with as many columns as rows, got {operator!r}"
@@ -206,7 +206,7 @@ def kronecker_sum(
     like: Network,
     terms: Sequence[Mapping[int, Tensor]],
     *,
-    coefficients: Sequence[complex] | None = None,
+    coefficients: Sequence[float | complex] | None = None,
     tol: float = 1e-14,
 ) -> Network:
     """The operator `A = sum_k c_k (A_{k,1} x ... x A_{k,d})` as a tree on the tree of `like`.
