@@ -5,6 +5,7 @@ The oracle is the Jacobian of the dense tensor with respect to the cores: its ra
 
 from functools import partial
 from itertools import pairwise
+from math import prod
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from decompositions import TT, LowRank, Network, Tree, TTMatrix, Tucker, add, inner, norm, scale, to_dense
 from decompositions import round as cut
 from decompositions.geometry import (
+    Chain,
     Tangent,
     center_gradients,
     check_geometry,
@@ -21,12 +23,14 @@ from decompositions.geometry import (
     dimension,
     gauges,
     hessian_vector_product,
+    longest_path,
     project,
     retract,
     riemannian_gradient,
     transport,
 )
-from decompositions.geometry.blocks import BlockTree
+from decompositions.geometry.blocks import BlockTree, flatten
+from decompositions.geometry.tangent import extend, gauge_fix
 
 DTYPES = [torch.float64, torch.complex128]
 trees = pytest.mark.parametrize("case", [case for case in TREES if len(case().cores) < 20], ids=repr)
@@ -367,3 +371,58 @@ def test_no_hessian_at_deficient_rank():
 
 def _square(w: Network) -> Tensor:
     return to_dense(w).square().sum()
+
+
+@trees
+@dtypes
+def test_two_gauge_chain(case, dtype):
+    """y, the gradient of x, and the gradients of all centers against the dense gradient G = gy^T x."""
+    net = minimal(case, dtype)
+    rows, cols = prod(net.row_modes), prod(net.col_modes)
+    x, gy = (torch.randn(7, n, dtype=dtype, generator=torch.Generator().manual_seed(n)) for n in (cols, rows))
+    w = to_dense(net).reshape(rows, cols)
+    for path in {longest_path(net), longest_path(net)[::-1], longest_path(net)[:1]}:
+        chain = Chain(gauges(net, path[-1]), path)
+        y, kept = chain.forward(x)
+        gx, found = chain.backward(kept, gy)
+        torch.testing.assert_close(y, x @ w.mT, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gx, gy @ w.conj(), rtol=1e-12, atol=1e-12)
+        for mine, dense in zip(found, center_gradients(chain.at, (gy.mT @ x.conj()).reshape(net.shape)), strict=True):
+            torch.testing.assert_close(mine, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_chain_refuses_paths_that_are_none():
+    net = TT.random(row_modes=(3, 4, 3), rank=2)
+    for path in ((), (0, 2), (2, 1, 0), (0, 1)):
+        with pytest.raises(ValueError, match="path must run over neighbouring cores"):
+            Chain(gauges(net, 2), path)
+    loose = TT([torch.ones(3, 5), torch.ones(5, 2)])
+    with pytest.raises(ValueError, match="no larger than its two sides"):
+        Chain(gauges(loose, 1), (0, 1))
+    chain = Chain(gauges(net, 2), (0, 1, 2))
+    with pytest.raises(ValueError, match="x must be"):
+        chain.forward(torch.ones(2, 3))
+    _, kept = chain.forward(torch.ones(2, 1))
+    with pytest.raises(ValueError, match="gy must be"):
+        chain.backward(kept, torch.ones(2, 3))
+
+
+@trees
+@dtypes
+def test_extended_bases_are_orthonormal_whatever_the_deltas(case, dtype):
+    """W + xi in bases [U, Q]: also where deltas vanish, have equal columns, or leave no room."""
+    net = minimal(case, dtype)
+    at = gauges(net)
+    full = project(at, randn(net))
+    thin = Tangent(at, [delta * (torch.arange(delta.numel()).reshape(delta.shape) % 2) for delta in full.deltas])
+    for xi in (full, full * 0, gauge_fix(at, [delta * 1e-9 for delta in thin.deltas]), full * 1e9):
+        wide = extend(xi)
+        torch.testing.assert_close(to_dense(wide), to_dense(net) + xi.to_dense(), rtol=1e-12, atol=1e-12)
+        for edge in at.edges:
+            u = flatten(wide.cores[edge.child], at.axis(edge.child, edge.bond))
+            torch.testing.assert_close(u.mH @ u, torch.eye(u.shape[1], dtype=dtype), rtol=0, atol=1e-12)
+            old = at.up[edge.child]
+            place = wide.cores[edge.child]
+            for axis, size in enumerate(old.shape):
+                place = place.narrow(axis, 0, size)
+            assert torch.equal(place, old)

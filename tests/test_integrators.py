@@ -7,10 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompositions import TT, LowRank, Network, Tree, TTMatrix, Tucker, add, inner, norm, scale, to_dense
+from decompositions import (
+    TT,
+    LowRank,
+    Network,
+    Tree,
+    TruncationWarning,
+    TTMatrix,
+    Tucker,
+    add,
+    inner,
+    norm,
+    scale,
+    to_dense,
+)
 from decompositions import round as cut
 from decompositions.geometry import gauges, project
-from tnlayers.integrators import DenseField, OperatorField, integrate, kronecker_sum
+from tnlayers.integrators import DenseField, KroneckerField, OperatorField, integrate, kronecker_sum
 from tnlayers.integrators.bug import _augmented
 from tnlayers.integrators.integrate import default_root
 from tnlayers.integrators.parallel import _parallel, parallel, widen
@@ -409,3 +422,45 @@ def test_operator_on_another_tree_is_refused():
     with pytest.raises(ValueError, match="on the tree of Y"):
         integrate(OperatorField(other), net, (0.0, 1.0), 1)
     assert float(inner(net, add(net, net))) == pytest.approx(2 * float(inner(net, net)))
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [F64, torch.complex128], ids=str)
+def test_a_field_of_kronecker_terms_is_its_dense_field_at_every_core(shape, dtype):
+    net = cut(shape(dtype=dtype, generator=generator(5)))
+    last = len(net.shape) - 1
+    a = [torch.randn(n, n, dtype=dtype, generator=generator(n + k)) for k, n in enumerate(net.shape)]
+    terms = [{}, {0: a[0]}, {last: a[last]}, {0: a[0], last: a[last].to_sparse_coo()}, dict(enumerate(a))]
+    coefficients = [0.5, 2.0, -1.0, 1.5, 0.25]
+    field = KroneckerField(terms, coefficients=coefficients, factor=lambda t: 1 + t)
+    dense_terms = [{k: m.to_dense() for k, m in term.items()} for term in terms]
+    operator = OperatorField(kronecker_sum(net, dense_terms, coefficients=coefficients), lambda t: 1 + t)
+    dense = DenseField(field)
+    for root in range(len(net.cores)):
+        at = gauges(net, root)
+        for v in range(len(net.cores)):
+            tree = at.centered(v)
+            want = dense.restrict(tree, v)(0.3, tree.cores[v])
+            for found in (field, operator):
+                got = found.restrict(tree, v)(0.3, tree.cores[v])
+                torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_kronecker_field_refuses_what_does_not_fit():
+    eye = torch.eye(3, dtype=F64)
+    net = LowRank.random(row_modes=(3,), col_modes=(4,), rank=2, dtype=F64)
+    with pytest.raises(ValueError, match="at least one term"):
+        KroneckerField([])
+    with pytest.raises(ValueError, match="one coefficient a term"):
+        KroneckerField([{0: eye}], coefficients=[1.0, 2.0])
+    for term in ({1: eye}, {2: eye}, {-1: eye}):
+        with pytest.raises(ValueError, match="square matrices of the modes"):
+            integrate(KroneckerField([term]), net, (0.0, 1.0), 1)
+
+
+def test_a_binding_cap_is_said_once_for_a_run():
+    net = LowRank.random(row_modes=(8,), col_modes=(8,), rank=4, dtype=F64, generator=generator(1))
+    drive = torch.randn(8, 8, dtype=F64, generator=generator(2))
+    with pytest.warns(TruncationWarning, match="3 of 3 steps.*max_rank=4 binds") as caught:
+        integrate(lambda t, y: drive, net, (0.0, 1.0), 3, tol=1e-8, max_rank=4)
+    assert len(caught) == 1

@@ -123,19 +123,47 @@ def round(
         >>> round(add(net, net), tol=1e-5).ranks
         (2, 2)
     """
-    check_tol("round", tol)
+    return cut_or_warn("round", net, rank, tol, center=center)
+
+
+def cut_or_warn(
+    name: str,
+    net: N,
+    rank: int | Sequence[int] | Mapping[str, int] | None,
+    tol: float | None,
+    *,
+    center: int,
+    gauged: bool = False,
+) -> N:
+    """`cut` with its inputs checked and a TruncationWarning where the tolerance was not reached."""
+    check_tol(name, tol)
+    result, error, bound = cut(net, rank, tol, center=center, gauged=gauged)
+    if tol is not None and error > tol:
+        warn_truncation(name, error, tol, f"rank={rank} binds" if bound else f"{net.dtype} resolves no less")
+    return result
+
+
+def cut(
+    net: N,
+    rank: int | Sequence[int] | Mapping[str, int] | None = None,
+    tol: float | None = None,
+    *,
+    center: int = 0,
+    gauged: bool = False,
+) -> tuple[N, float, bool]:
+    """`round` without its warning: the network, its relative error (0 without a tol), and whether `rank` was binding.
+
+    A caller that knows all other cores to be isometries toward the center says so by `gauged`: they are not factored.
+    """
     cores = _Cores("round", net, center, work_dtype(net.dtype, tol))
     caps = dict(zip(net.bonds, _caps(net, rank), strict=True))
     usable = None if tol is None else usable_tol(tol, net.dtype, len(cores.edges))
-    cuts = cores.cut_all(caps if rank is not None else None, usable, by_gram=True)
+    cuts = cores.cut_all(caps if rank is not None else None, usable, by_gram=True, gauged=gauged)
     result = net.replace(cores.cast(net.dtype))
     if tol is None or cuts.norm == 0:
-        return result
+        return result, 0.0, False
     measured = is_tight(tol, net.dtype, len(cores.edges))
-    error = (_distance(net, result) if measured else sqrt(cuts.discarded)) / cuts.norm
-    if error > tol:
-        warn_truncation("round", error, tol, f"rank={rank} binds" if cuts.bound else f"{net.dtype} resolves no less")
-    return result
+    return result, (_distance(net, result) if measured else sqrt(cuts.discarded)) / cuts.norm, cuts.bound
 
 
 def _distance(a: Network, b: Network) -> float:
@@ -224,7 +252,9 @@ class _Cores:
             )
         return value
 
-    def cut_all(self, caps: dict[str, int] | None, tol: float | None, *, by_gram: bool = False) -> "_Cuts":
+    def cut_all(
+        self, caps: dict[str, int] | None, tol: float | None, *, by_gram: bool = False, gauged: bool = False
+    ) -> "_Cuts":
         """Depth first from the center: go down by QR, come back by SVD and cut each bond on the way.
 
         A bond is cut when its whole subtree is done, so that all later cuts are on the other side of it; only then do
@@ -234,10 +264,13 @@ class _Cores:
         On the way down only the triangle R of everything above a bond is needed: R times the child is the center, and
         the child's new core is an isometry U into the center's columns. The parent then takes U^H times the child,
         which no Q was ever split off. So the path to the first leaf needs no sweep before: only what hangs beside it.
+        Where the tree is `gauged`, nothing needs one, and R alone has the singular values of a bond above a leaf.
         """
         edges = self.edges
         path = next((k for k in range(1, len(edges)) if edges[k].parent != edges[k - 1].child), len(edges))
-        self.sweep_up(path)
+        if not gauged:
+            self.sweep_up(path)
+        inner = {edge.parent for edge in edges}
         cuts = _Cuts(len(edges))
         if not edges:
             cuts.norm = self.norm(self.values[self.center])
@@ -249,10 +282,15 @@ class _Cores:
             axis = self.legs[edge.child].index(edge.bond)
             moved = self.values[edge.child].movedim(axis, 0)
             child = moved.reshape(moved.shape[0], -1)
-            center = above.pop(edge.child) @ child
+            leaf = gauged and edge.child not in inner
+            center = above.pop(edge.child) if leaf else above.pop(edge.child) @ child
             if cuts.left == len(edges):
                 cuts.start(self.norm(center), tol)
             u = self._isometry(center, edge.bond, caps, cuts, by_gram)
+            if leaf:
+                self.values[edge.child] = (u @ child).reshape(-1, *moved.shape[1:]).movedim(0, axis)
+                self.values[edge.parent] = self.absorb(edge.parent, edge.bond, u.conj())
+                return
             self.values[edge.child] = u.reshape(-1, *moved.shape[1:]).movedim(0, axis)
             self.values[edge.parent] = self.absorb(edge.parent, edge.bond, u.conj() @ child.mT)
 

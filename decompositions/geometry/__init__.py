@@ -1,5 +1,7 @@
 """Geometry of trees of fixed ranks: gauges, tangent vectors, projection, transport, retraction."""
 
+from decompositions.geometry.chain import Chain as Chain
+from decompositions.geometry.chain import longest_path as longest_path
 from decompositions.geometry.checks import check_geometry as check_geometry
 from decompositions.geometry.checks import check_gradient as check_gradient
 from decompositions.geometry.derivatives import hessian_vector_product as hessian_vector_product

@@ -81,7 +81,11 @@ def along(core: Tensor, axis: int, matrix: Tensor) -> Tensor:
     if axis == core.ndim - 1:
         return core @ matrix.mT
     if axis == 0:
-        return (matrix @ core.reshape(core.shape[0], -1)).reshape(-1, *core.shape[1:])
+        columns = core.reshape(core.shape[0], -1)
+        if columns.dtype == torch.float64 and columns.shape[1] <= 128 and min(matrix.shape) >= 512:
+            # MKL multiplies a large matrix by a few columns up to twice as fast from the other side (not in float32)
+            return (columns.mT @ matrix.mT).mT.reshape(-1, *core.shape[1:])
+        return (matrix @ columns).reshape(-1, *core.shape[1:])
     return torch.tensordot(core, matrix, dims=([axis], [1])).movedim(-1, axis)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from decompositions.formats.algebra import to_dense
+from decompositions.formats.gauge import cut_or_warn
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.network import Labels, Network
 from decompositions.formats.plan import plan_path, run
@@ -373,7 +374,7 @@ def retract(
     A second-order retraction: `R(t xi) = W + t xi + O(t^2)`, and the tangential part of the second-order term is zero,
     so that f(R(t xi)) has the Riemannian gradient and Hessian as derivatives. By `tol` it is the step of
     rank-adaptive schemes: ranks may double or shrink, and `‖result - (W + step xi)‖ <= tol ‖W + step xi‖`.
-    Cost: a rounding at doubled ranks, O(sum_v n_v (2 r)^(deg + 1)).
+    Cost: a QR of the deltas and a rounding at doubled ranks, O(sum_v n_v (2 r)^(deg + 1)).
 
     Args:
         xi: the tangent vector.
@@ -394,10 +395,85 @@ def retract(
     """
     if not isfinite(step):
         raise ValueError(f"retract: step must be finite, got {step}")
-    doubled = (xi * step).to_network(point=True)
     if rank is None and tol is None:
         rank = xi.at.net.ranks
-    return round_network(doubled, rank=rank, tol=tol, center=xi.at.root)
+    return cut_or_warn("retract", extend(xi * step), rank, tol, center=xi.at.root, gauged=True)
+
+
+def extend(xi: Tangent[N]) -> N:
+    """`W + xi` with all cores but the root isometries toward it: bases `[U_v, Q_v]`, U_v verbatim in front.
+
+    The deltas are orthogonal to U_v, so that only they are factored. A basis that is square already is not extended.
+    Cost: one QR of (others x r) a bond instead of (others x 2 r), and the doubled cores.
+
+    Example:
+        >>> import torch
+        >>> from decompositions import LowRank, to_dense
+        >>> from decompositions.geometry import project
+        >>> from decompositions.geometry.tangent import extend
+        >>> net = LowRank.random(row_modes=(6,), col_modes=(5,), rank=2, dtype=torch.float64)
+        >>> xi = project(net, torch.randn(6, 5, dtype=torch.float64))
+        >>> bool(torch.allclose(to_dense(extend(xi)), to_dense(net) + xi.to_dense()))
+        True
+    """
+    at, below, above = xi.at, xi.at.below, xi.at.above
+    new: dict[int, Tensor] = {}  # core v in the extended bases
+    turn: dict[int, Tensor] = {}  # delta half above v = Q_v turn[v]
+    for v in (*(edge.child for edge in reversed(at.edges)), at.root):
+        plain, delta = at.up[v], xi.deltas[v]
+        if v == at.root:
+            plain = delta = delta + at.center[v]
+        wide = list(delta.shape)
+        for edge in below[v]:
+            wide[at.axis(v, edge.bond)] += turn[edge.child].shape[0]
+        moved = _padded(delta, wide)
+        for edge in below[v]:
+            axis = at.axis(v, edge.bond)
+            if turn[edge.child].shape[0]:
+                half = along(_given(at.down[edge.child]), axis, turn[edge.child])
+                place = moved.narrow(axis, delta.shape[axis], half.shape[axis])
+                for k, size in enumerate(half.shape):
+                    place = place.narrow(k, 0, size)
+                place += half
+        if v == at.root:
+            new[v] = moved
+            continue
+        axis = at.axis(v, above[v].bond)
+        wide[axis] = plain.shape[axis]
+        basis, rest = flatten(_padded(plain, wide), axis), flatten(moved, axis)
+        q = normal_basis(basis, rest)
+        turn[v] = q.mH @ rest
+        wide[axis] += q.shape[1]
+        new[v] = unflatten(torch.cat([basis, q], 1), wide, axis)
+    return at.net._unchecked([new[v] for v in range(len(new))], at.net.legs, at.net.rows, at.net.cols)
+
+
+def _padded(core: Tensor, shape: Sequence[int]) -> Tensor:
+    """A copy with zeros behind along every axis."""
+    made = core.new_zeros(tuple(shape))
+    place = made
+    for axis, size in enumerate(core.shape):
+        place = place.narrow(axis, 0, size)
+    place.copy_(core)
+    return made
+
+
+def normal_basis(basis: Tensor, rest: Tensor) -> Tensor:
+    """Orthonormal columns, normal to those of `basis` (n, r), that span `rest`, which is normal to them already.
+
+    As many as `rest` has columns, or n - r. Where `rest` has no full rank, QR completes its columns by any, which must
+    be normal to `basis` too: then both are factored together.
+    """
+    n, r = basis.shape
+    count = min(rest.shape[1], n - r)
+    if count == 0:
+        return basis.new_zeros(n, 0)
+    if count == rest.shape[1]:
+        q = torch.linalg.qr(rest).Q
+        overlap = basis.mH @ q
+        if float(torch.linalg.vector_norm(overlap)) < torch.finfo(q.dtype).eps ** 0.5:
+            return q - basis @ overlap
+    return torch.linalg.qr(torch.cat([basis, rest], 1)).Q[:, r : r + count]
 
 
 def transport(point: N | Gauges[N], xi: Tangent[N]) -> Tangent[N]:

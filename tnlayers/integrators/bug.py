@@ -87,7 +87,7 @@ def augmented(step: Stepper, net: Network, t: float, h: float) -> Network:
         2022; G. Ceruti, C. Lubich, D. Sulz, Rank-adaptive time integration of tree tensor networks, SIAM J. Numer.
         Anal. 2023.
     """
-    return step.truncate(_augmented(step, net, t, h), step.root)
+    return step.truncate(_augmented(step, net, t, h), step.root, gauged=True)
 
 
 def midpoint(step: Stepper, net: Network, t: float, h: float) -> Network:
@@ -109,7 +109,7 @@ def midpoint(step: Stepper, net: Network, t: float, h: float) -> Network:
     last = _in_bases(at, new, middle.cores[step.root])
     done = list(last.cores)
     done[step.root] = step.evolve(last, step.root, t, h)
-    return step.truncate(with_cores(net, done), step.root)
+    return step.truncate(with_cores(net, done), step.root, gauged=True)
 
 
 def _with_up(at: Gauges[Any], up: dict[int, Tensor], center: Tensor) -> Gauges[Any]:

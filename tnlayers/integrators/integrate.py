@@ -10,6 +10,7 @@ from torch import Tensor
 
 from decompositions import Network, norm
 from decompositions.formats.network import tree_edges
+from decompositions.linalg import warn_truncation
 from tnlayers.integrators.fields import DenseField, Field
 from tnlayers.integrators.schemes import FIXED, ORDERS, SCHEMES
 from tnlayers.integrators.steps import SUBSTEPS, Stepper, Truncate
@@ -186,6 +187,13 @@ def integrate(
             if any(event(t, net) for event in events):
                 stopped = abs(end - t) > 1e-12 * max(1.0, abs(end))
                 break
+    if stepper.truncate.bound:
+        warn_truncation(
+            f"integrate ({stepper.truncate.bound} of {len(times) - 1} steps, the worst)",
+            stepper.truncate.worst,
+            next(value for value in (theta, tol) if value is not None),
+            f"max_rank={max_rank} binds",
+        )
     return Solution(net, tuple(times), tuple(ranks), tuple(errors), stopped, rejected, tuple(networks) if keep else ())
 
 

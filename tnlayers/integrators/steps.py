@@ -6,13 +6,13 @@ augmented basis. The matrix schemes are the case of LowRank rooted at its middle
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from decompositions import Network, norm
-from decompositions import round as cut
+from decompositions.formats.gauge import cut
 from decompositions.formats.network import TreeEdge, tree_edges
 from decompositions.geometry import Gauges
 from tnlayers.integrators.fields import CoreField, Field
@@ -37,22 +37,40 @@ def rk4(f: CoreField, y: Tensor, t: float, h: float) -> Tensor:
 SUBSTEPS: dict[str, Substep] = {"euler": euler, "rk4": rk4}
 
 
-class Truncate(NamedTuple):
-    """How a step ends: by a relative tolerance, an absolute one, ranks, or a mixture."""
+@dataclass
+class Truncate:
+    """How a step ends: by a relative tolerance, an absolute one, ranks, or a mixture.
+
+    Args:
+        tol: relative error.
+        theta: absolute error.
+        rank: cap, or one entry a bond.
+        bound: in how many steps the cap was binding, so far.
+        worst: largest relative error of these.
+    """
 
     tol: float | None
     theta: float | None
     rank: Any
+    bound: int = 0
+    worst: float = 0.0
 
-    def __call__(self, net: Network, root: int) -> Network:
-        """The network cut to what is allowed."""
+    def __call__(self, net: Network, root: int, *, gauged: bool = False) -> Network:
+        """The network cut to what is allowed; `gauged` where all cores are known to be isometries toward the root."""
         tol = self.tol
         if self.theta is not None:
-            size = float(norm(net))
+            size = float(torch.linalg.vector_norm(net.cores[root])) if gauged else float(norm(net))
             relative = self.theta / size if size > 0 else 0.0
             tol = relative if tol is None else min(tol, relative)
         tol = None if tol == 0 else tol  # what is redundant is removed all the same
-        return cut(net, rank=self.rank, tol=tol, center=root)
+        result, error, bound = cut(net, self.rank, tol, center=root, gauged=gauged)
+        if bound and tol is not None and error > tol:
+            self.bound, self.worst = self.bound + 1, max(self.worst, error)
+        return result
+
+    def capped(self, size: int) -> bool:
+        """Whether a bond of this size may not grow."""
+        return isinstance(self.rank, int) and size >= self.rank
 
     def budget(self, net: Network) -> float:
         """What may be discarded, absolute."""
