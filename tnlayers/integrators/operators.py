@@ -1,7 +1,6 @@
 """Linear operators on trees as right-hand sides: a tree of its own, or a sum of Kronecker products term by term."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,7 +204,7 @@ class KroneckerField:
         for c, term in zip(self.coefficients, self.terms, strict=True):
             moved = y
             for axis, matrix in term.items():
-                moved = _act(moved, axis, matrix)
+                moved = _act(moved, axis, matrix.to(y.dtype))
             total = total + c * moved
         return self.factor(t) * total
 
