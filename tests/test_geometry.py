@@ -382,18 +382,20 @@ def test_two_gauge_chain(case, dtype):
     x, gy = (torch.randn(7, n, dtype=dtype, generator=torch.Generator().manual_seed(n)) for n in (cols, rows))
     w = to_dense(net).reshape(rows, cols)
     for path in {longest_path(net), longest_path(net)[::-1], longest_path(net)[:1]}:
-        chain = Chain(gauges(net, path[-1]), path)
-        y, kept = chain.forward(x)
-        gx, found = chain.backward(kept, gy)
-        torch.testing.assert_close(y, x @ w.mT, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gx, gy @ w.conj(), rtol=1e-12, atol=1e-12)
-        for mine, dense in zip(found, center_gradients(chain.at, (gy.mT @ x.conj()).reshape(net.shape)), strict=True):
-            torch.testing.assert_close(mine, dense, rtol=1e-12, atol=1e-12)
+        for root in path:
+            chain = Chain(gauges(net, root), path)
+            y, kept = chain.forward(x)
+            gx, found = chain.backward(kept, gy)
+            torch.testing.assert_close(y, x @ w.mT, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(gx, gy @ w.conj(), rtol=1e-12, atol=1e-12)
+            wanted = center_gradients(chain.at, (gy.mT @ x.conj()).reshape(net.shape))
+            for mine, dense in zip(found, wanted, strict=True):
+                torch.testing.assert_close(mine, dense, rtol=1e-12, atol=1e-12)
 
 
 def test_chain_refuses_paths_that_are_none():
     net = TT.random(row_modes=(3, 4, 3), rank=2)
-    for path in ((), (0, 2), (2, 1, 0), (0, 1)):
+    for path in ((), (0, 2), (1, 0), (1, 2, 1), (0, 1)):
         with pytest.raises(ValueError, match="path must run over neighbouring cores"):
             Chain(gauges(net, 2), path)
     loose = TT([torch.ones(3, 5), torch.ones(5, 2)])

@@ -3,7 +3,7 @@
 The algorithms see labels and bonds only; LowRank, Tucker, TT, TT-matrix and any other tree run through the same lines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, prod, sqrt
 from typing import TypeVar
 
@@ -75,8 +75,9 @@ def bond_singular_values(net: Network) -> dict[str, Tensor]:
         [[3.0, 2.0], [3.0, 2.0]]
     """
     cores = _Cores("bond_singular_values", net, 0, accumulate_dtype(net.dtype))
-    spectra = cores.cut_all(None, None).spectra
-    return {bond: spectra[bond] for bond in net.bonds}
+    cuts = _Cuts(len(cores.edges))
+    cores.cut_all(cuts)
+    return {bond: cuts.squares[bond].sqrt().to(net.cores[0].real.dtype) for bond in net.bonds}
 
 
 def possible_ranks(net: Network) -> tuple[int, ...]:
@@ -158,7 +159,8 @@ def cut(
     cores = _Cores("round", net, center, work_dtype(net.dtype, tol))
     caps = dict(zip(net.bonds, _caps(net, rank), strict=True))
     usable = None if tol is None else usable_tol(tol, net.dtype, len(cores.edges))
-    cuts = cores.cut_all(caps if rank is not None else None, usable, by_gram=True, gauged=gauged)
+    cuts = _Cuts(len(cores.edges), caps if rank is not None else None, usable)
+    cores.cut_all(cuts, by_gram=True, gauged=gauged)
     result = net.replace(cores.cast(net.dtype))
     if tol is None or cuts.norm == 0:
         return result, 0.0, False
@@ -252,9 +254,7 @@ class _Cores:
             )
         return value
 
-    def cut_all(
-        self, caps: dict[str, int] | None, tol: float | None, *, by_gram: bool = False, gauged: bool = False
-    ) -> "_Cuts":
+    def cut_all(self, cuts: "_Cuts", *, by_gram: bool = False, gauged: bool = False) -> None:
         """Depth first from the center: go down by QR, come back by SVD and cut each bond on the way.
 
         A bond is cut when its whole subtree is done, so that all later cuts are on the other side of it; only then do
@@ -271,7 +271,6 @@ class _Cores:
         if not gauged:
             self.sweep_up(path)
         inner = {edge.parent for edge in edges}
-        cuts = _Cuts(len(edges))
         if not edges:
             cuts.norm = self.norm(self.values[self.center])
         above: dict[int, Tensor] = {}  # of the cores on the trail: R of all that lies above
@@ -285,8 +284,8 @@ class _Cores:
             leaf = gauged and edge.child not in inner
             center = above.pop(edge.child) if leaf else above.pop(edge.child) @ child
             if cuts.left == len(edges):
-                cuts.start(self.norm(center), tol)
-            u = self._isometry(center, edge.bond, caps, cuts, by_gram)
+                cuts.norm = self.norm(center)
+            u = self._isometry(center, edge.bond, cuts, by_gram)
             if leaf:
                 self.values[edge.child] = (u @ child).reshape(-1, *moved.shape[1:]).movedim(0, axis)
                 self.values[edge.parent] = self.absorb(edge.parent, edge.bond, u.conj())
@@ -305,54 +304,92 @@ class _Cores:
             trail.append(edge)
         while trail:
             come_back()
-        return cuts
 
-    def _isometry(self, center: Tensor, bond: str, caps: dict[str, int] | None, cuts: "_Cuts", by_gram: bool) -> Tensor:
+    def _isometry(self, center: Tensor, bond: str, cuts: "_Cuts", by_gram: bool) -> Tensor:
         """Rows u (kept, others), orthonormal, with `center ≈ (center u^H) u`, as many as the cut keeps."""
-        cap = None if caps is None else caps[bond]
         if by_gram and center.dtype in _HALF_PRICE and not center.requires_grad:
             double = center.to(torch.promote_types(center.dtype, torch.float64))
             wide = double.shape[0] <= double.shape[1]
             values, vectors = torch.linalg.eigh(double @ double.mH if wide else double.mH @ double)
             squares, rows = values.flip(0).clamp_min(0), vectors.flip(1).mH
-            keep = cuts.choose(squares, cap)
+            keep = cuts.choose(bond, squares)
             if not wide:
-                return rows[: cuts.take(squares, keep)].to(center.dtype)
+                return rows[: cuts.take(bond, squares, keep)].to(center.dtype)
             if float(squares[keep - 1]) > 1e-8 * float(squares[0]):  # the divisor is well above its error, 1e-16
-                cuts.take(squares, keep)
+                cuts.take(bond, squares, keep)
                 return ((rows[:keep] @ double) / squares[:keep, None].sqrt()).to(center.dtype)
         _, s, rows = safe_svd(center)
-        cuts.spectra[bond] = s
         squares = s.detach().double().square()
-        return rows[: cuts.take(squares, cuts.choose(squares, cap))]
+        return rows[: cuts.take(bond, squares, cuts.choose(bond, squares))]
 
 
 class _Cuts:
     """What the cuts of a rounding found and what they may still discard; a cut's unspent share goes to the later."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, caps: Mapping[str, int] | None = None, tol: float | None = None) -> None:
         self.left = count
-        self.spectra: dict[str, Tensor] = {}  # singular values before each cut, where an SVD made it
+        self.caps, self.tol = caps, tol
+        self.squares: dict[str, Tensor] = {}  # squared singular values before each cut
         self.norm, self.discarded, self.bound = 0.0, 0.0, False
-        self.budget: float | None = None
-
-    def start(self, norm: float, tol: float | None) -> None:
-        self.norm = norm
-        self.budget = None if tol is None else (tol * norm) ** 2
 
     def _free(self, squares: Tensor) -> int:
         """Columns that the budget alone asks for."""
-        if self.budget is None:
+        if self.tol is None:
             return len(squares)
-        return truncation_rank(squares, max(0.0, self.budget - self.discarded) / self.left, len(squares))
+        budget = (self.tol * self.norm) ** 2
+        return truncation_rank(squares, max(0.0, budget - self.discarded) / self.left, len(squares))
 
-    def choose(self, squares: Tensor, cap: int | None) -> int:
+    def choose(self, bond: str, squares: Tensor) -> int:
+        """How many columns to keep at a bond."""
         free = self._free(squares)
-        return free if cap is None else min(free, cap)
+        return free if self.caps is None else min(free, self.caps[bond])
 
-    def take(self, squares: Tensor, keep: int) -> int:
+    def take(self, bond: str, squares: Tensor, keep: int) -> int:
         """Book a cut to `keep` columns; `bound` where that is less than the budget asks for."""
-        self.bound = self.bound or (self.budget is not None and keep < self._free(squares))
+        self.bound = self.bound or (self.tol is not None and keep < self._free(squares))
+        self.squares[bond] = squares
         self.discarded += float(squares[keep:].sum())
         self.left -= 1
         return keep
+
+
+class _ChosenCuts(_Cuts):
+    """Cuts that somebody else decides."""
+
+    def __init__(self, count: int, chooser: Callable[[str, Tensor, float], int]) -> None:
+        super().__init__(count)
+        self._chooser = chooser
+
+    def choose(self, bond: str, squares: Tensor) -> int:
+        """As many as asked for, from one to all."""
+        return max(1, min(self._chooser(bond, squares, self.norm), len(squares)))
+
+
+@full_precision
+def cut_by(
+    net: N, choose: Callable[[str, Tensor, float], int], *, center: int = 0, gauged: bool = False
+) -> tuple[N, float]:
+    """Round a tree to the ranks that `choose(bond, squared singular values, norm)` returns, bond by bond.
+
+    The values are those of the bond after all bonds of its subtree were cut, in descending order; the squared errors of
+    the cuts add up.
+
+    Args:
+        net: a tree.
+        choose: is asked once for every bond.
+        center: core that is the center afterwards; the others are isometries toward it.
+        gauged: whether all cores but the center are known to be isometries toward it already.
+
+    Returns:
+        The network, and its absolute error.
+
+    Example:
+        >>> from decompositions import TT
+        >>> net, error = cut_by(TT.random(row_modes=(4, 4, 4), rank=3), lambda bond, squares, norm: 2)
+        >>> net.ranks, error > 0
+        ((2, 2), True)
+    """
+    cores = _Cores("round", net, center, accumulate_dtype(net.dtype))
+    cuts = _ChosenCuts(len(cores.edges), choose)
+    cores.cut_all(cuts, by_gram=True, gauged=gauged)
+    return net.replace(cores.cast(net.dtype)), sqrt(cuts.discarded)

@@ -1,8 +1,8 @@
 """Center-gauge gradients by the two-gauge chain: forward toward one end of a path, backward toward the other.
 
-Where x meets the cores of W one after another along a path v_1 .. v_n of the tree, let the tree hang from v_n. The
-forward contracts x with U_1 .. U_{n-1} and the center C_n; the backward contracts the gradient of y with the isometries
-toward v_1 in place of the forward's cores, and with the center C_1 last. Every product "saved operand x incoming
+Where x meets the cores of W one after another along a path v_1 .. v_n of the tree, the forward contracts x with the
+isometries toward v_n and with the center C_n last; the backward contracts the gradient of y with the isometries toward
+v_1 in place of the forward's cores, and with the center C_1 last. Every product "saved operand x incoming
 gradient" is then the gradient E_v of the core as the center, and what comes out at the end is the gradient of x: as
 many products as autograd needs for the plain factored layer, no inverse, and no core of doubled ranks.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import prod
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -70,11 +70,11 @@ class Chain(Generic[N]):
     small and dense, and is projected onto its branches.
 
     Args:
-        at: gauges whose root is the last core of the path, with square links (`round` removes what is redundant).
-        path: neighbouring cores from one to the next, the last one `at.root`.
+        at: gauges whose root is a core of the path, with square links (`round` removes what is redundant).
+        path: cores from neighbour to neighbour, without repetition.
 
     Raises:
-        ValueError: a path that is none, or that does not end at the root; links that are not square.
+        ValueError: a path that is none, or that does not pass the root; links that are not square.
 
     Example:
         >>> import torch
@@ -98,11 +98,11 @@ class Chain(Generic[N]):
     def __post_init__(self) -> None:
         at, path = self.at, tuple(self.path)
         object.__setattr__(self, "path", path)
-        above = at.above
-        joined = all(a in above and above[a].parent == b for a, b in pairwise(path))
-        if not path or not joined or path[-1] != at.root:
+        bonds = {frozenset((edge.parent, edge.child)) for edge in at.edges}
+        joined = all(frozenset(pair) in bonds for pair in pairwise(path)) and len(set(path)) == len(path)
+        if not joined or at.root not in path:
             raise ValueError(
-                f"Chain: path must run over neighbouring cores up to the root {at.root} of the gauges, got {path}; "
+                f"Chain: path must run over neighbouring cores and pass the root {at.root} of the gauges, got {path}; "
                 "gauges(net, root=path[-1]) hangs the tree from its end"
             )
         crooked = {bond: tuple(s.shape) for bond, s in at.links.items() if s.shape[0] != s.shape[1]}
@@ -133,19 +133,28 @@ class Chain(Generic[N]):
             labels = result
         return value, labels
 
+    def _toward(self, core: int, neighbour: int) -> Tensor:
+        """A core as an isometry toward a neighbour."""
+        edge = self.at.above.get(core)
+        if edge is not None and edge.parent == neighbour:
+            return self.at.up[core]
+        down = self.at.down[neighbour]
+        assert down is not None
+        return down
+
     @cached_property
     def forward_cores(self) -> tuple[tuple[Tensor, Labels], ...]:
         """Isometries toward the last core of the path, and the center there."""
-        last = self.path[-1]
-        return tuple(self._folded(v, self.at.center[v] if v == last else self.at.up[v]) for v in self.path)
+        *before, last = self.path
+        cores = [self._toward(v, after) for v, after in zip(before, self.path[1:], strict=True)]
+        return tuple(self._folded(v, core) for v, core in zip(self.path, [*cores, self.at.center[last]], strict=True))
 
     @cached_property
     def backward_cores(self) -> tuple[tuple[Tensor, Labels], ...]:
         """The center at the first core of the path, then isometries toward it."""
-        first = self.path[0]
-        cores: list[Any] = [self.at.center[first]]
-        cores += [self.at.down[before] for before in self.path[:-1]]
-        return tuple(self._folded(v, core) for v, core in zip(self.path, cores, strict=True))
+        first, *after = self.path
+        cores = [self._toward(v, before) for v, before in zip(after, self.path[:-1], strict=True)]
+        return tuple(self._folded(v, core) for v, core in zip(self.path, [self.at.center[first], *cores], strict=True))
 
     @full_precision
     def forward(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Labels]]]:
