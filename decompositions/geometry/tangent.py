@@ -40,7 +40,7 @@ from decompositions.geometry.blocks import (
     unflatten,
 )
 from decompositions.geometry.gauges import Gauges, gauges
-from decompositions.linalg import full_precision
+from decompositions.linalg import accumulate_dtype, full_precision
 
 N = TypeVar("N", bound=Network)
 Messages = dict[int, dict[int, Tensor]]
@@ -468,12 +468,14 @@ def normal_basis(basis: Tensor, rest: Tensor) -> Tensor:
     count = min(rest.shape[1], n - r)
     if count == 0:
         return basis.new_zeros(n, 0)
+    half = basis.dtype
+    basis, rest = basis.to(accumulate_dtype(half)), rest.to(accumulate_dtype(half))
     if count == rest.shape[1]:
         q = torch.linalg.qr(rest).Q
         overlap = basis.mH @ q
         if float(torch.linalg.vector_norm(overlap)) < torch.finfo(q.dtype).eps ** 0.5:
-            return q - basis @ overlap
-    return torch.linalg.qr(torch.cat([basis, rest], 1)).Q[:, r : r + count]
+            return (q - basis @ overlap).to(half)
+    return torch.linalg.qr(torch.cat([basis, rest], 1)).Q[:, r : r + count].to(half)
 
 
 def transport(point: N | Gauges[N], xi: Tangent[N]) -> Tangent[N]:

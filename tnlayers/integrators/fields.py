@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from decompositions import Network, to_dense
@@ -38,6 +39,19 @@ CoreField = Callable[[float, Tensor], Tensor]
 """(t, center core) -> its derivative."""
 
 
+def refuse_complex(what: str, found: torch.dtype, wanted: torch.dtype) -> None:
+    """Refuse complex values where Y is real: its imaginary part would be lost.
+
+    Raises:
+        ValueError: they are.
+    """
+    if found.is_complex and not wanted.is_complex:
+        raise ValueError(
+            f"integrate: {what} must be real where Y is, expected {wanted}, got {found}; start from "
+            "y0.to(torch.complex128)"
+        )
+
+
 class Field(Protocol):
     """A right-hand side that can be restricted to one core."""
 
@@ -46,6 +60,37 @@ class Field(Protocol):
 
     def __call__(self, t: float, y: Tensor) -> Tensor:
         """Dense right-hand side, for references and small problems."""
+
+
+class FixedField:
+    """`F(t, Y) = Z` for a network Z on the tree of Y, of any ranks; never densified.
+
+    Args:
+        z: a network with the legs of Y.
+
+    Example:
+        >>> import torch
+        >>> from decompositions import LowRank, scale
+        >>> net = LowRank(torch.eye(3, 1), torch.ones(1, 1), torch.eye(4, 1))
+        >>> FixedField(scale(net, 5.0)).restrict(net, 1)(0.0, net.S).item()
+        5.0
+    """
+
+    def __init__(self, z: Network) -> None:
+        self.z = z
+
+    def __call__(self, t: float, y: Tensor) -> Tensor:
+        """Z, dense."""
+        return to_dense(self.z)
+
+    def restrict(self, net: Network, core: int) -> CoreField:
+        """See `Field`."""
+        inner = [tuple(label if label in net.outside else f"z:{label}" for label in leg) for leg in self.z.legs]
+        others = [k for k in range(len(net.cores)) if k != core]
+        sizes = {**{f"z:{label}": size for label, size in self.z.sizes.items()}, **net.sizes}
+        steps = path([*inner, *(net.legs[k] for k in others)], sizes, net.legs[core], net.dtype.itemsize)
+        seen = run(steps, [*self.z.cores, *(net.cores[k].conj() for k in others)]).reshape(net.cores[core].shape)
+        return lambda t, value: seen
 
 
 class DenseField:
@@ -72,7 +117,8 @@ class DenseField:
         if not isinstance(value, Tensor) or value.shape != y.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"integrate: the field must return a tensor like Y, expected {tuple(y.shape)}, got {got}")
-        return value
+        refuse_complex("the field", value.dtype, y.dtype)
+        return value.to(y.dtype)
 
     def restrict(self, net: Network, core: int) -> CoreField:
         """See `Field`."""
@@ -84,6 +130,8 @@ class DenseField:
         def derivative(t: float, value: Tensor) -> Tensor:
             cores = [value if k == core else fixed for k, fixed in enumerate(net.cores)]
             dense = to_dense(net._unchecked(cores, net.legs, net.rows, net.cols))
+            if len(cores) == 1:
+                dense = dense.clone()  # it is the core itself; a function may write to its argument
             return run(back, [self(t, dense), *conjugates]).reshape(value.shape)
 
         return derivative

@@ -13,7 +13,7 @@ from decompositions.formats.network import tree_edges
 from decompositions.linalg import warn_truncation
 from tnlayers.integrators.fields import DenseField, Field
 from tnlayers.integrators.schemes import FIXED, ORDERS, SCHEMES
-from tnlayers.integrators.steps import SUBSTEPS, Stepper, Truncate
+from tnlayers.integrators.steps import SUBSTEP_ORDERS, SUBSTEPS, NotFinite, Stepper, Truncate
 
 Event = Callable[[float, Network], bool]
 
@@ -98,9 +98,10 @@ def integrate(
         t_span: first and last time; the second may be the smaller one.
         steps: number of equal steps (the first guess of it, where `adaptive` is given).
         method: one of the table.
-        substep: "rk4" or "euler" for the ODE of one core.
+        substep: "rk4" or "euler" for the ODE of one core; with "euler" every method is of order 1.
         tol: relative truncation error of a step, for the adaptive methods.
-        theta: absolute truncation error of a step; with neither, adaptive methods keep the ranks of the start.
+        theta: absolute truncation error of a step; with neither, adaptive methods keep the ranks of the start (and
+            "parallel" repeats no step).
         max_rank: cap of every bond.
         root: core that the tree hangs from; the middle of the tree by default.
         adaptive: local error allowed in a step, relative to ‖Y‖; the step size follows the difference between the step
@@ -126,18 +127,17 @@ def integrate(
     """
     if not isinstance(y0, Network) or not y0.is_tree:
         raise ValueError(f"integrate: y0 must be a tree network, got {y0!r}")
-    if method not in SCHEMES:
-        raise ValueError(f"integrate: method must be one of {tuple(SCHEMES)}, got {method!r}")
-    if substep not in SUBSTEPS:
-        raise ValueError(f"integrate: substep must be one of {tuple(SUBSTEPS)}, got {substep!r}")
-    t, end = map(float, t_span)
-    if not (isfinite(t) and isfinite(end)) or isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(
-            f"integrate: expected finite times and at least one step, got t_span={t_span}, steps={steps!r}"
-        )
-    for name, value in (("tol", tol), ("theta", theta), ("adaptive", adaptive)):
-        if value is not None and not (isfinite(value) and value >= 0):
-            raise ValueError(f"integrate: {name} must be a number >= 0, got {value}")
+    if not all(bool(torch.isfinite(core).all()) for core in y0.cores):
+        raise ValueError("integrate: y0 must be finite, got NaN or infinity in a core")
+    for name, value, known in (("method", method, SCHEMES), ("substep", substep, SUBSTEPS)):
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"integrate: {name} must be one of {tuple(known)}, got {value!r}")
+    start, end = _times(t_span, steps)
+    for name, number in (("tol", tol), ("theta", theta), ("adaptive", adaptive)):
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int | float) or not (isfinite(number) and number >= 0):
+            raise ValueError(f"integrate: {name} must be a number >= 0, got {number!r}")
     if adaptive == 0:
         raise ValueError("integrate: adaptive must be positive, got 0")
     if method in FIXED and (tol is not None or theta is not None or max_rank is not None):
@@ -147,54 +147,141 @@ def integrate(
         )
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise ValueError(f"integrate: max_rank must be an int >= 1, got {max_rank!r}")
-    right: Field = field if hasattr(field, "restrict") else DenseField(field)  # type: ignore[assignment]
-    root = default_root(y0) if root is None else root % len(y0.cores)
+    if callable(events) or not all(callable(event) for event in events):
+        raise ValueError(f"integrate: events must be a sequence of functions (t, Y) -> bool, got {events!r}")
+    if root is None:
+        root = default_root(y0)
+    elif isinstance(root, bool) or not isinstance(root, int) or not -len(y0.cores) <= root < len(y0.cores):
+        raise ValueError(f"integrate: root must name one of the {len(y0.cores)} cores, got {root!r}")
+    right = _as_field(field)
     free = tol is None and theta is None
     rank: Any = (y0.ranks if y0.ranks else None) if free and max_rank is None else max_rank
-    stepper = Stepper(right, SUBSTEPS[substep], Truncate(tol, theta, rank), root)
-    scheme = SCHEMES[method]
-    h = (end - t) / steps
-    net, times, ranks, errors, networks = y0.detach(), [t], [y0.ranks], [], [y0]
-    stopped, rejected = False, 0
+    if free and max_rank is not None and y0.ranks:
+        rank = tuple(min(r, max_rank) for r in y0.ranks)
+    stepper = Stepper(right, SUBSTEPS[substep], Truncate(tol, theta, rank), root % len(y0.cores))
+    run = _Run(stepper, method, substep, y0, start)
     with torch.no_grad():
-        while abs(end - t) > 1e-12 * max(1.0, abs(end)):
-            if adaptive is None:
-                h_now = (end - t) / (steps - len(times) + 1)
-                after = scheme(stepper, net, t, h_now)
-            else:
-                h_now = h if abs(h) < abs(end - t) else end - t
-                whole = scheme(stepper, net, t, h_now)
-                after = scheme(stepper, scheme(stepper, net, t, h_now / 2), t + h_now / 2, h_now / 2)
-                error = _distance(whole, after) / (2 ** ORDERS[method] - 1)
-                allowed = adaptive * max(float(norm(after)), 1e-300)
-                factor = 0.9 * (allowed / max(error, 1e-300)) ** (1 / (ORDERS[method] + 1))
-                h = h_now * min(4.0, max(0.2, factor))
-                if error > allowed:
-                    rejected += 1
-                    if abs(h) < 1e-12 * max(1.0, abs(end)):
-                        raise ValueError(
-                            f"integrate: the step fell below rounding at t = {t:.6g}, got a local error of {error:.3g} "
-                            f"where {allowed:.3g} is allowed; truncate less (tol, theta) or allow more"
-                        )
-                    continue
-                errors.append(error)
-            _check(after, method, t, h_now)
-            t, net = t + h_now, after
-            times.append(t)
-            ranks.append(net.ranks)
-            if keep:
-                networks.append(net)
-            if any(event(t, net) for event in events):
-                stopped = abs(end - t) > 1e-12 * max(1.0, abs(end))
-                break
+        if adaptive is None:
+            run.fixed(end, steps, events, keep)
+        else:
+            run.adapt(end, (end - start) / steps, adaptive, events, keep)
     if stepper.truncate.bound:
         warn_truncation(
-            f"integrate ({stepper.truncate.bound} of {len(times) - 1} steps, the worst)",
+            f"integrate ({stepper.truncate.bound} of {len(run.times) - 1} steps, the worst)",
             stepper.truncate.worst,
             next(value for value in (theta, tol) if value is not None),
             f"max_rank={max_rank} binds",
         )
-    return Solution(net, tuple(times), tuple(ranks), tuple(errors), stopped, rejected, tuple(networks) if keep else ())
+    return Solution(
+        run.net,
+        tuple(run.times),
+        tuple(run.ranks),
+        tuple(run.errors),
+        run.stopped,
+        run.rejected,
+        tuple(run.networks) if keep else (),
+    )
+
+
+def _times(t_span: tuple[float, float], steps: int) -> tuple[float, float]:
+    try:
+        start, end = map(float, t_span)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"integrate: t_span must be two numbers, the first and the last time, got {t_span!r}"
+        ) from None
+    if not (isfinite(start) and isfinite(end)) or isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"integrate: expected finite times and at least one step, got t_span={t_span}, steps={steps!r}"
+        )
+    return start, end
+
+
+def _as_field(field: Any) -> Field:
+    kind = isinstance(field, type | Network)
+    if not kind and callable(getattr(field, "restrict", None)):
+        right: Field = field
+        return right
+    if kind or not callable(field):
+        raise TypeError(
+            "integrate: field must be a function (t, dense Y) -> dense F, or an object with restrict(network, core) "
+            f"such as OperatorField, got {field!r}"
+        )
+    return DenseField(field)
+
+
+class _Run:
+    """A solution in the making."""
+
+    def __init__(self, stepper: Stepper, method: str, substep: str, y0: Network, start: float) -> None:
+        self.stepper, self.scheme, self.method = stepper, SCHEMES[method], method
+        self.order = min(ORDERS[method], SUBSTEP_ORDERS[substep])
+        self.net: Network = y0.detach()
+        if len(y0.cores) == 1:
+            self.net = y0.replace([y0.cores[0].detach().clone()])  # what a user's function writes to is not y0
+        self.times, self.ranks, self.networks = [start], [y0.ranks], [y0]
+        self.errors: list[float] = []
+        self.stopped, self.rejected = False, 0
+
+    def accept(self, t: float, net: Network, events: Sequence[Event], keep: bool) -> bool:
+        """Take a step; whether an event asks to stop."""
+        self.net = net
+        self.times.append(t)
+        self.ranks.append(net.ranks)
+        if keep:
+            self.networks.append(net)
+        answers = [event(t, net) for event in events]  # all are asked: they may record
+        return any(answers)
+
+    def fixed(self, end: float, steps: int, events: Sequence[Event], keep: bool) -> None:
+        start = self.times[0]
+        if start == end:
+            return
+        for k in range(steps):
+            t = self.times[-1]
+            after = end if k == steps - 1 else start + (k + 1) * (end - start) / steps
+            net = self.scheme(self.stepper, self.net, t, after - t)
+            _check(net, self.method, t, after - t)
+            if self.accept(after, net, events, keep):
+                self.stopped = k < steps - 1
+                return
+
+    def adapt(self, end: float, h: float, allowed: float, events: Sequence[Event], keep: bool) -> None:
+        least = 1e-12 * abs(end - self.times[0])
+        while self.times[-1] != end:
+            t = self.times[-1]
+            after = end if abs(end - t) <= abs(h) * (1 + 1e-9) else t + h
+            now = after - t
+            made, error = self._try(t, now)
+            limit = allowed * max(float(norm(made)), 1e-300) if made is not None else 0.0
+            if made is not None and error <= limit:
+                self.errors.append(error)
+                factor = 4.0 if error == 0 else min(4.0, max(1.0, 0.9 * (limit / error) ** (1 / (self.order + 1))))
+                h = now * factor
+                if self.accept(after, made, events, keep):
+                    self.stopped = after != end
+                    return
+                continue
+            self.rejected += 1
+            h = now * (0.2 if made is None else min(0.9, max(0.2, 0.9 * (limit / error) ** (1 / (self.order + 1)))))
+            if abs(h) < least or t + h == t:
+                got = "a result that is not finite" if made is None else f"a local error of {error:.3g}"
+                raise ValueError(
+                    f"integrate: the step fell below rounding at t = {t:.6g}, got {got} where {limit:.3g} is allowed; "
+                    "truncate less (tol, theta) or allow more"
+                )
+
+    def _try(self, t: float, h: float) -> tuple[Network | None, float]:
+        """Two half steps, and an estimate of their error; None where numbers left the range."""
+        try:
+            whole = self.scheme(self.stepper, self.net, t, h)
+            half = self.scheme(self.stepper, self.net, t, h / 2)
+            made = self.scheme(self.stepper, half, t + h / 2, h / 2)
+        except NotFinite:
+            return None, 0.0
+        if not all(bool(torch.isfinite(core).all()) for net in (whole, made) for core in net.cores):
+            return None, 0.0
+        return made, _distance(whole, made) / (2**self.order - 1)
 
 
 def _distance(a: Network, b: Network) -> float:

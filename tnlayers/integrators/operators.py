@@ -1,16 +1,17 @@
 """Linear operators on trees as right-hand sides: a tree of its own, or a sum of Kronecker products term by term."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from decompositions import Network, add, to_dense
 from decompositions import round as cut
-from decompositions.formats.network import Labels
+from decompositions.formats.network import Labels, TreeEdge, tree_edges
 from decompositions.formats.plan import run
 from decompositions.geometry.blocks import along, flatten
-from tnlayers.integrators.fields import CoreField, path
+from tnlayers.integrators.fields import CoreField, path, refuse_complex
 
 Factor = float | complex | Callable[[float], float | complex]
 
@@ -19,15 +20,36 @@ def _as_function(factor: Factor) -> Callable[[float], float | complex]:
     return factor if callable(factor) else (lambda t: factor)
 
 
+def _times(factor: float | complex, value: Tensor) -> Tensor:
+    """`factor value`, refused where a complex factor would make a real Y complex."""
+    if isinstance(factor, complex):
+        refuse_complex("the factor", torch.complex128, value.dtype)
+    return value if isinstance(factor, int | float) and factor == 1 else factor * value
+
+
+def _numbers(coefficients: Sequence[float | complex] | None, count: int, name: str) -> list[float | complex]:
+    """Coefficients as plain numbers (of torch, numpy or Python)."""
+    found = [1.0] * count if coefficients is None else [complex(c) for c in coefficients]
+    if len(found) != count:
+        raise ValueError(f"{name}: one coefficient a term, expected {count}, got {len(found)}")
+    return [c.real if isinstance(c, complex) and c.imag == 0 else c for c in found]
+
+
 class _Messages:
     """Contractions along bonds, remembered while what they were made of stays the same tensors with the same values."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], tuple[list[tuple[Tensor | None, int]], Tensor]] = {}
 
+    def clear(self) -> None:
+        """Forget all: the tree is another one."""
+        self._known.clear()
+
     @staticmethod
     def _stamp(parts: Sequence[Tensor | None]) -> list[tuple[Tensor | None, int]]:
-        return [(part, 0 if part is None or part.is_inference() else part._version) for part in parts]
+        grad = torch.is_grad_enabled()
+        stamps = [0 if part is None or part.is_inference() else part._version for part in parts]
+        return [(part, 2 * stamp + grad) for part, stamp in zip(parts, stamps, strict=True)]
 
     def get(self, key: tuple[int, ...], parts: Sequence[Tensor | None]) -> Tensor | None:
         old, made = self._known.get(key, ([], None))
@@ -69,21 +91,25 @@ class OperatorField:
         self.operator = operator
         self.factor = _as_function(factor)
         self._messages = _Messages()
-        self._checked: tuple[Labels, ...] | None = None
+        self._checked: object = None
 
     def __call__(self, t: float, y: Tensor) -> Tensor:
         """Dense `factor(t) A Y`, for references and small problems."""
         order = len(self.operator.rows)
+        refuse_complex("the operator", self.operator.dtype, y.dtype)
         dense = to_dense(self.operator).to(y.dtype)
-        return self.factor(t) * torch.tensordot(dense, y, dims=order)
+        return _times(self.factor(t), torch.tensordot(dense, y, dims=order))
 
     def restrict(self, net: Network, core: int) -> CoreField:
         """See `Field`; messages along bonds are kept while the cores behind them stay the same objects."""
         self._check(net)
         op = self.operator
         labels, operands, inputs = net.legs[core], [], []
+        made: dict[int, Tensor] = {}
+        for edge in reversed(_edges(net.legs, net.rows, net.cols, core)):  # leaves first
+            made[edge.child] = self._message(net, edge.child, edge.parent, made)
         for other in _neighbours(net.legs, core):
-            operands.append(self._message(net, other, core))
+            operands.append(made[other])
             inputs.append(self._message_labels(net, other, core))
         own = op.cores[core].to(net.dtype)
         names = self._names(net, core)
@@ -92,7 +118,7 @@ class OperatorField:
         steps = path([labels, names, *inputs], sizes, out, net.dtype.itemsize)
 
         def derivative(t: float, value: Tensor) -> Tensor:
-            return self.factor(t) * run(steps, [value, own, *operands])
+            return _times(self.factor(t), run(steps, [value, own, *operands]))
 
         return derivative
 
@@ -109,10 +135,10 @@ class OperatorField:
         bond, inner = _bond(net.legs, source, target), _bond(self.operator.legs, source, target)
         return (f"bra:{bond}", f"op:{inner}", bond)
 
-    def _message(self, net: Network, source: int, target: int) -> Tensor:
+    def _message(self, net: Network, source: int, target: int, made: Mapping[int, Tensor]) -> Tensor:
         """The subtree of `source`, seen from `target`: (bra bond, operator bond, bond)."""
-        behind = [k for k in _neighbours(net.legs, source) if k != target]
-        inner = [self._message(net, k, source) for k in behind]
+        behind = _neighbours(net.legs, source, target)
+        inner = [made[k] for k in behind]
         key, core = (source, target), net.cores[source]
         parts = [core, *inner]
         known = self._messages.get(key, parts)
@@ -124,13 +150,16 @@ class OperatorField:
         inputs += [self._message_labels(net, k, source) for k in behind]
         sizes = {**_prefixed("op:", op.sizes), **net.sizes, **_prefixed("bra:", net.sizes)}
         steps = path(inputs, sizes, self._message_labels(net, source, target), net.dtype.itemsize)
-        made = run(steps, [core, core.conj(), op.cores[source].to(net.dtype), *inner])
-        return self._messages.put(key, parts, made)
+        message = run(steps, [core, core.conj(), op.cores[source].to(net.dtype), *inner])
+        return self._messages.put(key, parts, message)
 
     def _check(self, net: Network) -> None:
-        if self._checked == net.legs:
+        structure = (net.legs, net.rows, net.cols, net.shape)
+        if self._checked == structure:
             return
+        self._messages.clear()
         op = self.operator
+        refuse_complex("the operator", op.dtype, net.dtype)
         wanted = [
             {_bond(net.legs, k, j) is not None and j for j in _neighbours(net.legs, k)} for k in range(len(net.cores))
         ]
@@ -148,7 +177,7 @@ class OperatorField:
                 "OperatorField: the operator must live on the tree of Y, core by core, expected an operator like "
                 f"{net!r} ({net.equation}) on {modes}, got {op!r} ({op.equation}); see kronecker_sum"
             )
-        self._checked = net.legs
+        self._checked = structure
 
 
 class KroneckerField:
@@ -187,37 +216,42 @@ class KroneckerField:
     ) -> None:
         if not terms:
             raise ValueError("KroneckerField: expected at least one term, got none")
+        _check_terms("KroneckerField", terms)
         self.terms = [dict(term) for term in terms]
-        self.coefficients = [1.0] * len(self.terms) if coefficients is None else list(coefficients)
-        if len(self.coefficients) != len(self.terms):
-            raise ValueError(
-                f"KroneckerField: one coefficient a term, expected {len(self.terms)}, got {len(self.coefficients)}"
-            )
+        self.coefficients = _numbers(coefficients, len(self.terms), "KroneckerField")
         self.factor = _as_function(factor)
         self._messages = _Messages()
-        self._shape: tuple[int, ...] | None = None
+        self._checked: object = None
+        self._structure: object = None
 
     def __call__(self, t: float, y: Tensor) -> Tensor:
         """Dense value, for references and small problems."""
-        self._check(tuple(y.shape))
+        self._check(tuple(y.shape), y.dtype)
         total = torch.zeros_like(y)
         for c, term in zip(self.coefficients, self.terms, strict=True):
             moved = y
             for axis, matrix in term.items():
                 moved = _act(moved, axis, matrix.to(y.dtype))
             total = total + c * moved
-        return self.factor(t) * total
+        return _times(self.factor(t), total)
 
     def restrict(self, net: Network, core: int) -> CoreField:
         """See `Field`; messages along bonds are kept while the cores behind them stay the same objects."""
-        self._check(net.shape)
+        self._check(net.shape, net.dtype)
+        if self._structure != (net.legs, net.rows, net.cols):
+            self._messages.clear()
+            self._structure = (net.legs, net.rows, net.cols)
         scalar: complex = 0.0
         single: dict[int, Tensor] = {}  # axis -> sum of all that acts along it alone
         products: list[tuple[float | complex, list[tuple[int, Tensor]]]] = []
+        edges = _edges(net.legs, net.rows, net.cols, core)
         for k, c in enumerate(self.coefficients):
             factors = self._own(net, core, k)
+            made: dict[int, Tensor | None] = {}
+            for edge in reversed(edges):  # leaves first
+                made[edge.child] = self._message(net, edge.child, edge.parent, k, made)
             for other in _neighbours(net.legs, core):
-                message = self._message(net, other, core, k)
+                message = made[other]
                 if message is not None:
                     factors.append((net.legs[core].index(_bond(net.legs, core, other)), message))
             if not factors:
@@ -239,9 +273,8 @@ class KroneckerField:
                 for axis, matrix in factors:
                     term = _act(term, axis, matrix)
                 total = c * term if total is None else total + c * term
-            factor = self.factor(t)
             assert total is not None
-            return total if factor == 1 else factor * total
+            return _times(self.factor(t), total)
 
         return derivative
 
@@ -251,9 +284,11 @@ class KroneckerField:
         found = [(net.outside[axis], matrix) for axis, matrix in self.terms[k].items()]
         return [(leg.index(label), matrix.to(net.dtype)) for label, matrix in found if label in leg]
 
-    def _message(self, net: Network, source: int, target: int, k: int) -> Tensor | None:
+    def _message(
+        self, net: Network, source: int, target: int, k: int, made: Mapping[int, Tensor | None]
+    ) -> Tensor | None:
         """Term k on the subtree of `source`, seen from `target`: (bra bond, bond); None where it is the identity."""
-        behind = [(other, self._message(net, other, source, k)) for other in _neighbours(net.legs, source, target)]
+        behind = [(other, made[other]) for other in _neighbours(net.legs, source, target)]
         own, core, leg = self._own(net, source, k), net.cores[source], net.legs[source]
         if not own and all(message is None for _, message in behind):
             return None
@@ -266,20 +301,35 @@ class KroneckerField:
         for axis, matrix in (*inner, *own):
             moved = _act(moved, axis, matrix)
         axis = leg.index(_bond(net.legs, source, target))
-        made = flatten(core, axis).mH @ flatten(moved, axis)
-        return self._messages.put((source, target, k), parts, made)
+        message = flatten(core, axis).mH @ flatten(moved, axis)
+        return self._messages.put((source, target, k), parts, message)
 
-    def _check(self, shape: tuple[int, ...]) -> None:
-        if self._shape == shape:
+    def _check(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if self._checked == (shape, dtype):
             return
-        for k, term in enumerate(self.terms):
+        for k, (term, c) in enumerate(zip(self.terms, self.coefficients, strict=True)):
+            refuse_complex(f"coefficient {k}", torch.complex128 if isinstance(c, complex) else dtype, dtype)
             for axis, matrix in term.items():
+                refuse_complex(f"the matrix at axis {axis} of term {k}", matrix.dtype, dtype)
                 if not 0 <= axis < len(shape) or tuple(matrix.shape) != (shape[axis], shape[axis]):
                     raise ValueError(
                         f"KroneckerField: expected axes 0..{len(shape) - 1} with square matrices of the modes {shape}, "
                         f"got {tuple(matrix.shape)} at axis {axis} of term {k}"
                     )
-        self._shape = shape
+        self._checked = (shape, dtype)
+
+
+def _check_terms(name: str, terms: Sequence[Mapping[int, Tensor]]) -> None:
+    for k, term in enumerate(terms):
+        right = isinstance(term, Mapping) and all(
+            isinstance(axis, int) and not isinstance(axis, bool) and isinstance(matrix, Tensor)
+            for axis, matrix in term.items()
+        )
+        if not right:
+            raise TypeError(
+                f"{name}: terms must be mappings axis (int) -> matrix (Tensor), got {term!r} as term {k}; "
+                "torch.as_tensor makes tensors of arrays"
+            )
 
 
 def _act(core: Tensor, axis: int, matrix: Tensor) -> Tensor:
@@ -298,7 +348,13 @@ def _bond(legs: Sequence[Labels], a: int, b: int) -> str:
     return next(label for label in legs[a] if label in legs[b])
 
 
-def _neighbours(legs: Sequence[Labels], core: int, but: int | None = None) -> list[int]:
+@lru_cache(maxsize=4096)
+def _edges(legs: tuple[Labels, ...], rows: Labels, cols: Labels, root: int) -> tuple[TreeEdge, ...]:
+    return tree_edges(legs, rows, cols, root)
+
+
+@lru_cache(maxsize=4096)
+def _neighbours(legs: tuple[Labels, ...], core: int, but: int | None = None) -> list[int]:
     return [k for k, leg in enumerate(legs) if k not in (core, but) and set(leg) & set(legs[core])]
 
 
@@ -307,7 +363,7 @@ def kronecker_sum(
     terms: Sequence[Mapping[int, Tensor]],
     *,
     coefficients: Sequence[float | complex] | None = None,
-    tol: float = 1e-14,
+    tol: float = 1e-13,
 ) -> Network:
     """The operator `A = sum_k c_k (A_{k,1} x ... x A_{k,d})` as a tree on the tree of `like`.
 
@@ -339,9 +395,10 @@ def kronecker_sum(
     """
     if not terms:
         raise ValueError("kronecker_sum: expected at least one term, got none")
-    coefficients = [1.0] * len(terms) if coefficients is None else list(coefficients)
-    if len(coefficients) != len(terms):
-        raise ValueError(f"kronecker_sum: one coefficient a term, expected {len(terms)}, got {len(coefficients)}")
+    coefficients = _numbers(coefficients, len(terms), "kronecker_sum")
+    if not isinstance(like, Network) or not like.is_tree:
+        raise ValueError(f"kronecker_sum: like must be a tree network, got {like!r}")
+    _check_terms("kronecker_sum", terms)
     shape, outside = like.shape, like.outside
     matrices = [m for term in terms for m in term.values()]
     dtype = torch.promote_types(torch.float64, matrices[0].dtype if matrices else torch.float64)

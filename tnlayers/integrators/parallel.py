@@ -1,6 +1,5 @@
 """Parallel BUG: all cores from the old bases at once, assembled as a step along the tangent space."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from decompositions.geometry import Gauges, Tangent, gauges
 from decompositions.geometry.blocks import along, flatten, unflatten
 from decompositions.geometry.tangent import extend, gauge_fix
 from tnlayers.integrators.bug import Directions, augment
+from tnlayers.integrators.fields import FixedField
 from tnlayers.integrators.steps import Stepper, children, complement, given, pad, with_cores
 
 
@@ -41,7 +41,7 @@ def parallel(step: Stepper, net: Network, t: float, h: float, *, safety: float =
         result = step.truncate(extend(xi), step.root, gauged=True)
         if attempt == retries or not _rejected(step, at, xi, result, t, h, safety):
             return result
-        at = widen(at, xi.deltas)
+        at = widen(xi)
     return result
 
 
@@ -51,7 +51,7 @@ def _rejected(
     budget = step.truncate.budget(result)
     if budget <= 0:
         return False
-    sizes, new = result.sizes, widen(at, xi.deltas)
+    sizes, new = result.sizes, widen(xi)
     for edge in at.edges:
         if step.truncate.capped(sizes[edge.bond]):
             continue
@@ -68,14 +68,18 @@ def _rejected(
     return False
 
 
-def widen(at: Gauges[Any], deltas: Sequence[Tensor]) -> Gauges[Any]:
-    """The same point with bases augmented on both sides of every bond by what the deltas add.
+def widen(xi: Tangent[Any]) -> Gauges[Any]:
+    """The same point with bases augmented on both sides of every bond by what xi adds there.
 
-    U grows from the leaves up by the deltas (padded to the new bases below), V from the root down by the deltas of the
-    core above; coordinates of Y0 are padded with zeros, so that no basis depends on vanishing singular values.
+    U grows from the leaves up, V from the root down, by xi as every core sees it; coordinates of Y0 are padded with
+    zeros, so that no basis depends on vanishing singular values.
     """
-    up = augment(at, lambda tree, v, start: _pad_like(deltas[v], start))
-    return _assemble(at, up, lambda tree, v, start: _pad_like(deltas[v], start))
+    field = FixedField(xi.to_network())
+
+    def seen(tree: Network, v: int, start: Tensor) -> Tensor:
+        return field.restrict(tree, v)(0.0, start)
+
+    return _assemble(xi.at, augment(xi.at, seen), seen)
 
 
 def _pad_like(value: Tensor, like: Tensor) -> Tensor:

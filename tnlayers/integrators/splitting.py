@@ -67,6 +67,9 @@ def _splitting_order(net: Network, edges: Sequence[TreeEdge], root: int) -> list
         trail.append(edge)
     while trail:
         leave()
+    bonds = sum(edge.parent == root for edge in edges)
+    if bonds <= 2 and order and not set(net.legs[root]) & set(net.outside):
+        return order[:-1]  # the root is a matrix that stands for its last bond: backward and forward cancel
     return [*order, (root, None)]
 
 

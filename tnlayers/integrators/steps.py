@@ -15,6 +15,7 @@ from decompositions import Network, norm
 from decompositions.formats.gauge import cut
 from decompositions.formats.network import TreeEdge, tree_edges
 from decompositions.geometry import Gauges
+from decompositions.linalg import accumulate_dtype
 from tnlayers.integrators.fields import CoreField, Field
 
 Substep = Callable[[CoreField, Tensor, float, float], Tensor]
@@ -35,6 +36,11 @@ def rk4(f: CoreField, y: Tensor, t: float, h: float) -> Tensor:
 
 
 SUBSTEPS: dict[str, Substep] = {"euler": euler, "rk4": rk4}
+SUBSTEP_ORDERS = {"euler": 1, "rk4": 4}
+
+
+class NotFinite(ValueError):
+    """A step left the range of its dtype."""
 
 
 @dataclass
@@ -63,7 +69,10 @@ class Truncate:
             relative = self.theta / size if size > 0 else 0.0
             tol = relative if tol is None else min(tol, relative)
         tol = None if tol == 0 else tol  # what is redundant is removed all the same
-        result, error, bound = cut(net, self.rank, tol, center=root, gauged=gauged)
+        try:
+            result, error, bound = cut(net, self.rank, tol, center=root, gauged=gauged)
+        except ValueError as error_found:  # a norm beyond the dtype's range: nothing else is refused here
+            raise NotFinite(f"integrate: Y left the range of {net.dtype}; take more steps") from error_found
         if bound and tol is not None and error > tol:
             self.bound, self.worst = self.bound + 1, max(self.worst, error)
         return result
@@ -96,7 +105,7 @@ class Stepper:
         """
         done = self.substep(self.field.restrict(net, core), net.cores[core] if start is None else start, t, h)
         if not bool(torch.isfinite(done).all()):
-            raise ValueError(
+            raise NotFinite(
                 f"integrate: Y is not finite in the step from t = {t:.6g} by {h:.3g}; take more steps, or a method "
                 "without a backward step (augmented, parallel) where F is stiff"
             )
@@ -153,6 +162,8 @@ def complement(basis: Tensor, vectors: Tensor) -> Tensor:
 
     What rounding leaves of vectors inside the span is no direction and is dropped.
     """
+    half = vectors.dtype
+    basis, vectors = basis.to(accumulate_dtype(half)), vectors.to(accumulate_dtype(half))
     rest = vectors - basis @ (basis.mH @ vectors)
     rest = rest - basis @ (basis.mH @ rest)
     u, s, _ = torch.linalg.svd(rest, full_matrices=False)
@@ -162,7 +173,7 @@ def complement(basis: Tensor, vectors: Tensor) -> Tensor:
     for _ in range(2):
         u = u - basis @ (basis.mH @ u)
         u = torch.linalg.qr(u).Q
-    return u
+    return u.to(half)
 
 
 def given(core: Tensor | None) -> Tensor:
