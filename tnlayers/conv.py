@@ -192,7 +192,7 @@ class ConvolutionLayer(NetworkLayer):
         return x.ndim == dims + 2
 
     def _run_chain(self, plan: ConvPlan, x: Tensor, window: Window) -> Tensor:
-        cores = list(self.cores)
+        cores = self._core_list()
         for split in plan.splits:
             cores[split.core] = cores[split.core].unflatten(split.axis, split.sizes)
         operands = extend(plan.steps, cores)

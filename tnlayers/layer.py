@@ -19,6 +19,7 @@ from tnlayers.dense import NetworkFactory, Recipe, run_recipe
 from tnlayers.frozen import Freezable, release
 from tnlayers.init import RandomNetwork
 from tnlayers.rank_change import announce, remember_copy, resize_, watch
+from tnlayers.window import Probes, Window
 
 probed: dict[tuple[Any, ...], Any] = {}
 """Plans that were measured to be the fastest, by layer kind, settings, shapes and machine."""
@@ -64,6 +65,8 @@ class NetworkLayer(Freezable):
     _dense_steps: tuple[Step, ...]
     _pinned = False  # whether changes of ranks leave the stored plan as it is
     _memory = "keep"
+    _window: Window | None = None
+    probes: Probes
 
     def _start(
         self,
@@ -115,6 +118,7 @@ class NetworkLayer(Freezable):
         self._row_modes, self._col_modes = net.row_modes, net.col_modes  # ranks may change, modes may not
         self.register_load_state_dict_pre_hook(_adopt_ranks)
         self.register_load_state_dict_post_hook(_watch_cores)  # assign=True makes new Parameters
+        self.register_state_dict_post_hook(_current_cores)
         watch(self.cores)
         self._replan()
 
@@ -143,9 +147,9 @@ class NetworkLayer(Freezable):
 
     @property
     def network(self) -> Network:
-        """The current network; its cores are the layer's Parameters."""
+        """The current network; its cores are the layer's Parameters (but while an optimizer of ours moves them)."""
         s = self._structure
-        return s.format._unchecked(tuple(self.cores), s.legs, s.rows, s.cols)
+        return s.format._unchecked(tuple(self._core_list()), s.legs, s.rows, s.cols)
 
     def set_network(self, network: Network) -> None:
         """Replace the weight, at any ranks: the one call that changes ranks.
@@ -190,10 +194,61 @@ class NetworkLayer(Freezable):
             raise ValueError(f"{name}.set_network: cores must be finite, got NaN or infinity in {network!r}")
         release(self)
         resized = network.ranks != self.network.ranks
+        self.close_window()
         for parameter, core in zip(self.cores, network.cores, strict=True):
             resize_(parameter, core)
         self._replan()
         announce(self, list(self.cores), resized=resized)
+
+    def open_window(self, window: Window, probes: Probes | None = None) -> None:
+        """Contract the affine weight of a window instead of the cores, until `close_window` (or another weight).
+
+        For optimizers. The cores become those of the window's point; `probes` (of a tied layer) are shared, else the
+        layer's own are zeroed and resized, the same Parameter objects from window to window.
+        """
+        release(self)
+        for parameter, core in zip(self.cores, window.at.net.cores, strict=True):
+            if parameter.data_ptr() != core.data_ptr() or parameter.shape != core.shape:
+                parameter.grad = None
+                with torch.no_grad():
+                    parameter.set_(core)
+        if probes is not None:
+            self.probes = probes
+        elif "probes" not in self._modules:
+            self.probes = Probes([nn.Parameter(torch.zeros_like(core)) for core in window.at.net.cores])
+        if probes is None:
+            moving = range(len(self.cores)) if window.core is None else (window.core,)
+            for k, parameter in enumerate(self.probes):
+                shape = window.at.center[k].shape if k in moving else (0,)
+                if parameter.shape == shape:
+                    parameter.grad = None
+                    with torch.no_grad():
+                        parameter.zero_()
+                else:
+                    resize_(parameter, window.at.center[k].new_zeros(shape))
+        resized = self._window is None or self._window.at.net.ranks != window.at.net.ranks
+        resized = resized or self._window is None or self._window.core != window.core
+        self._window = window
+        if resized or not window.fresh:
+            self._replan()
+
+    def close_window(self) -> None:
+        """Back to the cores; what the probes had changed is dropped (an optimizer calls set_network with it)."""
+        if self._window is not None:
+            self._window = None
+            del self.probes
+
+    def window_moved(self) -> None:
+        """The probes are no longer zero."""
+        if self._window is not None and self._window.fresh:
+            self._window.fresh = False
+            if self._window.core is None:
+                self._replan()
+
+    def _active_probes(self) -> list[Tensor]:
+        """The probes of the cores that move."""
+        core = None if self._window is None else self._window.core
+        return list(self.probes) if core is None else [self.probes[core]]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the cores anew at the present ranks; the dense weight gets the standard deviation of torch's layer.
@@ -202,6 +257,7 @@ class NetworkLayer(Freezable):
         moved with `to_empty` holds no uninitialised memory afterwards.
         """
         release(self)
+        self.close_window()
         first = self.cores[0]
         fresh = fill_random(
             self.network.detach(), std=self._std, generator=generator, dtype=first.dtype, device=first.device
@@ -346,13 +402,19 @@ class NetworkLayer(Freezable):
 
     def _core_list(self) -> list[Tensor]:
         """The cores; past the list's own indexing, which costs as much as a small product."""
+        if self._window is not None:
+            return list(self._window.cores(self._active_probes()))
         cores = self.cores
         held: Any = cores._parameters
         return list(held.values()) if len(held) == len(cores) else list(cores)  # parametrized ones are elsewhere
 
     def _dense(self) -> Tensor:
         """Dense tensor in the network's own modes, by the plan made outside traced code."""
-        return run(self._dense_steps, list(self.cores))
+        if self._window is not None:
+            dense = self._window.dense(self._active_probes())
+            if dense is not None:
+                return dense
+        return run(self._dense_steps, self._core_list())
 
     def numel(self) -> int:
         """Parameters of the weight, as its format counts them."""
@@ -417,6 +479,15 @@ class NetworkLayer(Freezable):
         return f"{self.network!r}, {self.network.equation}"
 
 
+def _current_cores(module: NetworkLayer, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A state dict holds the weight as it is now: inside a window that has moved, at doubled ranks."""
+    if module._window is not None and not module._window.fresh:
+        with torch.no_grad():
+            cores = module._core_list()
+        for k, core in enumerate(cores):
+            state_dict[f"{prefix}cores.{k}"] = core.detach().contiguous()
+
+
 def _watch_cores(module: NetworkLayer, incompatible: Any) -> None:
     watch(module.cores)
 
@@ -433,6 +504,7 @@ def _adopt_ranks(
 ) -> None:
     """Resize the cores to the ranks found in a state dict, so that loading works across ranks."""
     release(module)
+    module.close_window()
     found = [state_dict.get(f"{prefix}cores.{k}") for k in range(len(module.cores))]
     if any(core is None for core in found):
         if f"{prefix}weight" in state_dict:

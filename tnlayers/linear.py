@@ -125,6 +125,8 @@ class Linear(NetworkLayer):
         x = x.reshape(batch, *self._col_modes)
         exact = out == self.out_features
         bias = self.bias if exact else None
+        if self._window is not None and (moved := self._in_window(x, batch)) is not None:
+            return moved.reshape(*batch_shape, self.out_features)
         plan, memory = self._plan_for(batch), self._workspace
         y = multiply(plan, x, self._core_list(), bias, recompute=self._recompute, workspace=memory).reshape(batch, out)
         if not exact:
@@ -132,6 +134,31 @@ class Linear(NetworkLayer):
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)  # under autocast y is in the low precision, as torch's is
         return y.reshape(*batch_shape, self.out_features)
+
+    def _in_window(self, x: Tensor, batch: int) -> Tensor | None:
+        """The product at the point of a window that has not moved, by the gradient's cheapest route; None otherwise."""
+        window, bias, probes = self._window, self.bias, self._active_probes()
+        plain = x.dtype == self.cores[0].dtype and not torch.is_autocast_enabled(x.device.type)
+        if window is None or window.core is not None or not window.fresh or not torch.is_grad_enabled() or not plain:
+            return None
+        if self._point_plan(batch) == "merge":
+            y = x.flatten(1) @ self._dense().reshape(prod(self._row_modes), -1).mT
+        else:
+            made = window.multiply(x.flatten(1), probes)
+            assert made is not None
+            y = made
+        y = y[:, : self.out_features]
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _point_plan(self, batch: int) -> str:
+        """Strategy of the fastest plan at the point of the window, whose ranks are not doubled."""
+        window = self._window
+        assert window is not None
+        key = bucket(batch), "point"
+        if key not in self._plans:
+            self._plans[key] = min(plan_apply(window.at.net, key[0]), key=self.rank_plan).strategy
+        found: str = self._plans[key]
+        return found
 
     def alternatives(self, batch: int | None = None) -> tuple[Plan, ...]:
         """All plans considered for `batch` rows, best predicted first (forward and backward)."""

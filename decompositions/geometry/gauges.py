@@ -73,7 +73,7 @@ def _given(core: Tensor | None) -> Tensor:
 
 
 @full_precision
-def gauges(net: N, root: int = 0) -> Gauges[N]:
+def gauges(net: N, root: int = 0, *, gauged: bool = False) -> Gauges[N]:
     """Orthonormalize a tree toward its root and away from it: every basis, center and link in two sweeps.
 
     Bonds larger than a side allows shrink to what it allows; U_e and V_e may then have different sizes. Derivatives
@@ -83,6 +83,7 @@ def gauges(net: N, root: int = 0) -> Gauges[N]:
     Args:
         net: a tree.
         root: index of the core to hang it from.
+        gauged: whether all other cores are known to be isometries toward it: half of the QRs are not needed then.
 
     Raises:
         ValueError: not a tree, or no such core.
@@ -106,7 +107,7 @@ def gauges(net: N, root: int = 0) -> Gauges[N]:
     root %= len(net.cores)
     legs, edges = net.legs, tree_edges(net.legs, net.rows, net.cols, root)
     up: list[Tensor] = list(net.cores)
-    for edge in reversed(edges):
+    for edge in () if gauged else reversed(edges):
         axis = legs[edge.child].index(edge.bond)
         q, r = positive_qr(flatten(up[edge.child], axis))
         up[edge.child] = unflatten(q, up[edge.child].shape, axis)

@@ -1,0 +1,559 @@
+"""`RankAdaptive`: an optimizer that trains networks along their tangent spaces and finds their ranks.
+
+The default algorithm. In a *window* of `every` steps the weight of each layer is affine in its probes,
+`W = W_open + xi(deltas)`; a step moves the deltas, along the gauge-fixed center gradients, by a first moment that is a
+tangent vector and a second moment of one number a core, so that no choice of cores for W matters. When the window
+closes, `W_open + xi` is rounded by the tolerance, `reserve` directions more are kept, and the moment is transported.
+The reserve has orthonormal bases at singular value zero: the gradient that the present rank cannot follow moves it.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite, prod, sqrt
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from decompositions import Network
+from decompositions.formats.gauge import cut_by, orthogonalize
+from decompositions.geometry import Tangent, gauges, transport
+from decompositions.geometry.tangent import extend, gauge_fix
+from decompositions.linalg import TruncationWarning
+from tnlayers.integrators.integrate import default_root
+from tnlayers.layer import NetworkLayer
+from tnlayers.optim.growth import widen_bonds
+from tnlayers.optim.ranks import Ranks, within_budget
+from tnlayers.window import Window
+
+M = TypeVar("M", bound=nn.Module)
+Inner = Callable[[Iterable[Tensor]], Optimizer]
+
+PATIENCE = 20
+"""Roundings in a row that cut what the steps had made, after which ranks are said to be stuck."""
+
+
+class RankLimitWarning(UserWarning):
+    """Ranks cannot grow, and the message says why and what to do."""
+
+
+@dataclass
+class _Track:
+    """A network in training: the layers that share it, and the state of its step."""
+
+    names: list[str]
+    layers: list[NetworkLayer]
+    root: int
+    ranks: Ranks
+    numel: int
+    moment: list[Tensor]
+    second: list[Tensor]
+    counts: list[int]
+    turn: int = 0
+    cut_again: int = 0
+
+    @property
+    def layer(self) -> NetworkLayer:
+        return self.layers[0]
+
+    @property
+    def window(self) -> Window:
+        window = self.layer._window
+        assert window is not None
+        return window
+
+
+class RankAdaptive(Optimizer):
+    """Train a model whose layers are networks, at ranks that the training finds.
+
+    Every layer of the model whose weight is a tree is stepped here; all other parameters (biases, norms, dense layers)
+    go to an inner optimizer, whose groups are among `param_groups`: schedulers, clipping and loss scaling see one
+    optimizer. One backward a step. An ordinary loop, with this optimizer in place of another.
+
+    With `p` the center gradients E_v without their part along U_v, `m` and `v` their moments, a core moves by
+
+        delta_v -= lr sqrt(numel(W) / numel(delta_v)) m_v / (sqrt(v_v) + floor),
+
+    so that lr is the root mean square change that one core gives to an entry of the dense W: comparable with Adam's on
+    a dense layer, whatever the ranks. `betas=(b, None)` leaves the scaling out: `delta_v -= lr m_v`, heavy ball.
+
+    Guarantees: a step without truncation is `W - lr P(W) G` (tested in every layer); a rounding changes W by at most
+    `tol ‖W‖`; bases stay orthonormal to 1e-5 in float32.
+    Cost: every = 1 costs a QR and an SVD of every core a step; every = 10 a tenth of it, and doubled ranks in the
+    forward (`window="tangent"`), or no more than the plain layers (`window="center"`: one core at a time).
+
+    Args:
+        model: its layers are found; those whose cores are frozen, or that are no trees, are left to the inner one.
+        lr: see above; also that of the inner optimizer.
+        method: "parallel", this algorithm; the others are those of `tnlayers.integrators`, see `step`.
+        tol: relative error of a rounding, split over the bonds in quadrature.
+        theta: absolute one.
+        reserve: directions kept beyond those of the tolerance while ranks adapt. With 0, ranks are stuck where a step
+            makes less than the tolerance cuts, and at stationary points of their rank.
+        settle: step at which ranks are rounded a last time and stay; None: when `settle()` is called.
+        min_rank: least rank of every bond.
+        max_rank: cap, the reserve included.
+        budget: parameters of all networks together, by which the smallest singular values of all layers are cut.
+        every: steps in a window.
+        window: "tangent" moves all cores along the tangent space; "center" one core a window, in turn.
+        inner: makes the optimizer of the other parameters; AdamW with the same lr, betas and decay by default.
+        betas: decay of the moments; the second may be None.
+        weight_decay: decoupled decay of W itself, exact: `W <- (1 - lr weight_decay) W` a step.
+        generator: of the directions in reserve; a fixed seed by default.
+
+    Raises:
+        ValueError: options that make no sense; a model without any tree layer.
+        TypeError: not a module.
+
+    References:
+        J. Kusch, S. Schotthoefer et al., GeoLoRA, ICLR 2025; S. Schotthoefer et al., Low-rank lottery tickets (DLRT),
+        NeurIPS 2022; on trees G. Ceruti, J. Kusch, C. Lubich, D. Sulz, arXiv 2412.00858. The reserve is ours.
+
+    Example:
+        >>> import torch, tnlayers
+        >>> from decompositions import LowRank
+        >>> layer = tnlayers.Linear(8, 6, network=tnlayers.random_network(LowRank, rank=1))
+        >>> optimizer = tnlayers.RankAdaptive(layer, lr=0.01, tol=0.1)
+        >>> x, y = torch.randn(32, 8), torch.randn(32, 6)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.mse_loss(layer(x), y).backward()
+        ...     _ = optimizer.step()
+        >>> sorted(optimizer.ranks())
+        ['']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        method: str = "parallel",
+        tol: float | None = None,
+        theta: float | None = None,
+        reserve: int = 1,
+        settle: int | None = None,
+        min_rank: int = 1,
+        max_rank: int | None = None,
+        budget: int | None = None,
+        every: int = 1,
+        window: str = "tangent",
+        inner: Inner | None = None,
+        betas: tuple[float, float | None] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"RankAdaptive: expected the model (its layers are found), got {type(model).__name__}; "
+                "RankAdaptive(model, lr=...), not model.parameters()"
+            )
+        _check_options(lr, tol, theta, reserve, settle, min_rank, max_rank, budget, every, betas, weight_decay)
+        if method != "parallel":
+            raise ValueError(f"RankAdaptive: method must be 'parallel', got {method!r}")
+        if window not in ("tangent", "center"):
+            raise ValueError(f"RankAdaptive: window must be 'tangent' or 'center', got {window!r}")
+        if tol is None and theta is None and budget is None:
+            tol = 0.1
+        self.method, self.reserve, self.every, self.window, self.budget = method, reserve, every, window, budget
+        self.settle_at, self.fixed = settle, False
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.steps = 0
+        self.history: list[dict[str, Any]] = []
+        self._warned: set[str] = set()
+        self._tracks = [
+            self._track(names, layers, Ranks(tol, theta, reserve, min_rank, max_rank))
+            for names, layers in _trees(model).values()
+        ]
+        if not self._tracks:
+            raise ValueError(
+                "RankAdaptive: the model must have a layer whose weight is a tree network with trainable cores, found "
+                "none; tensorize the model first, or use torch.optim.AdamW"
+            )
+        own = {id(p) for track in self._tracks for layer in track.layers for p in layer.cores}
+        for track in self._tracks:
+            self._open(track, first=True)
+        mine = [p for track in self._tracks for p in track.layer.probes]
+        own |= {id(p) for p in mine}
+        others = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
+        make = inner or partial(
+            torch.optim.AdamW,
+            lr=lr,
+            betas=(betas[0], 0.999 if betas[1] is None else betas[1]),
+            weight_decay=weight_decay,
+        )
+        self.inner = make(others) if others else None
+        super().__init__(mine, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        if self.inner is not None:
+            self.param_groups.extend(self.inner.param_groups)
+
+    def _track(self, names: list[str], layers: list[NetworkLayer], ranks: Ranks) -> _Track:
+        net = layers[0].network
+        return _Track(names, layers, default_root(net), ranks, prod(net.shape), [], [], [])
+
+    # --- windows ---
+
+    @torch.no_grad()
+    def _open(self, track: _Track, net: Network | None = None, *, first: bool = False) -> None:
+        """Hang the tree, make room for the reserve, open the next window; moments come along."""
+        old = None if first or track.layer._window is None else track.window
+        gauged = net is not None
+        if net is None:
+            net = track.layer.network.detach()
+            net = cut_by(net, lambda bond, squares, norm: len(squares), center=track.root)[0]
+        if first:
+            track.ranks.start(net)
+            zeros = torch.zeros((), device=net.device)
+            track.second, track.counts = [zeros.clone() for _ in net.cores], [0] * len(net.cores)
+        if not self.fixed:
+            net = widen_bonds(net, track.ranks.wanted(net), track.root, self.generator)
+            track.ranks.kept = dict(zip(net.bonds, net.ranks, strict=True))
+        at = gauges(net, track.root, gauged=gauged or first)
+        core = None
+        if self.window == "center":
+            turns = _centers(net)
+            core = turns[track.turn % len(turns)]
+            track.turn += 1
+        if old is not None and core is None and old.core is None and track.moment:
+            moved = transport(at, Tangent(old.at, tuple(track.moment)))
+            track.moment = list(moved.deltas)
+        else:
+            centers = at.center if core is None else (at.center[core],)
+            track.moment = [torch.zeros_like(center) for center in centers]
+            track.counts = [0] * len(track.counts) if core is not None or first else track.counts
+        window = Window(at, core, track.ranks.found)
+        track.layer.open_window(window)
+        for twin in track.layers[1:]:
+            twin.open_window(window, track.layer.probes)
+
+    @torch.no_grad()
+    def _moved(self, track: _Track) -> tuple[Network, bool]:
+        """The weight at the end of a window, as a tree centered at the root (True) or anyhow (False)."""
+        window, layer = track.window, track.layer
+        if window.core is not None:
+            return layer.network.detach(), False
+        xi = gauge_fix(window.at, [probe.detach() for probe in layer.probes])
+        return extend(xi), True
+
+    @torch.no_grad()
+    def _close(self, *, settling: bool = False) -> None:
+        """Round every network, choose ranks, open the next windows."""
+        nets: list[tuple[Network, bool]] = []
+        for track in self._tracks:
+            made, gauged = self._moved(track)
+            if not gauged:
+                made = orthogonalize(made, track.root)
+            chooser = track.ranks.chooser(made, fixed=self.fixed, reserve=0 if settling else None)
+            before = dict(track.ranks.found)
+            nets.append(cut_by(made, chooser, center=track.root, gauged=True))  # type: ignore[arg-type]
+            if not self.fixed:
+                self._watch_growth(track, made, before)
+        if self.budget is not None and not self.fixed:
+            nets = self._cut_to_budget([net for net, _ in nets], settling)
+        if settling:
+            self.fixed = True
+        for track, (net, _) in zip(self._tracks, nets, strict=True):
+            track.ranks.kept = dict(zip(net.bonds, net.ranks, strict=True))
+            if self.fixed:
+                track.ranks.found = dict(track.ranks.kept)
+            self._open(track, net)
+        self.history.append({"step": self.steps, "ranks": self.ranks()})
+
+    def _cut_to_budget(self, nets: list[Network], settling: bool) -> list[tuple[Network, bool]]:
+        assert self.budget is not None
+        chosen = within_budget(nets, [track.ranks for track in self._tracks], self.budget)
+        made = []
+        for track, net, found in zip(self._tracks, nets, chosen, strict=True):
+            if found == track.ranks.found:
+                made.append((net, True))
+                continue
+            track.ranks.found = found
+            sizes = found if settling else track.ranks.wanted(net)
+            made.append((cut_by(net, _to(sizes), center=track.root, gauged=True)[0], True))
+        return made
+
+    def _watch_growth(self, track: _Track, made: Network, before: dict[str, int]) -> None:
+        """Say once where ranks cannot grow: steps that are always cut, or a cap."""
+        own = track.ranks
+        if self.reserve == 0:
+            grown = any(own.found[bond] > before.get(bond, 0) for bond in own.found)
+            lost = [
+                sqrt(max(0.0, float(squares[own.kept[bond]]))) if len(squares) > own.kept[bond] else 0.0
+                for bond, squares in own.spectra.items()
+            ]
+            limit = max(own.theta or 0.0, (own.tol or 0.0) * own.norm) / sqrt(max(1, len(own.found)))
+            track.cut_again = 0 if grown or max(lost, default=0.0) < 0.01 * limit else track.cut_again + 1
+            if track.cut_again >= PATIENCE:
+                self._say(
+                    f"stuck {track.names[0]}",
+                    f"RankAdaptive: ranks of {track.names[0] or 'the layer'} cannot grow: for {PATIENCE} roundings the "
+                    f"largest new singular value ({max(lost):.2g}) stayed under the tolerance ({limit:.2g}) and was "
+                    "cut; use reserve=1, a smaller tol, a larger lr or longer windows (every=)",
+                )
+        if own.most is not None and any(rank >= own.most for rank in own.found.values()):
+            self._say(
+                "cap",
+                f"RankAdaptive: max_rank={own.most} binds in {track.names[0] or 'the layer'}; the tolerance asks for "
+                "more",
+            )
+
+    def _say(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(text, RankLimitWarning, stacklevel=4)
+
+    # --- the step ---
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move by the gradients that `backward` left; close the window when it is full.
+
+        A layer without gradient (not used in the forward) stays where it is; weight decay does not move it either.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        for track in self._tracks:
+            if track.layer._window is None:
+                self._open(track, first=True)  # somebody replaced the weight
+                continue
+            self._move(track, group["lr"], group["betas"], group["weight_decay"])
+        if self.inner is not None:
+            self.inner.step()
+        self.steps += 1
+        settling = not self.fixed and self.settle_at is not None and self.steps >= self.settle_at
+        if settling or self.steps % self.every == 0:
+            self._close(settling=settling)
+        return loss
+
+    def _move(self, track: _Track, lr: float, betas: tuple[float, float | None], decay: float) -> None:
+        layer, window = track.layer, track.window
+        probes = layer._active_probes()
+        found = [probe.grad for probe in probes]
+        if all(gradient is None for gradient in found):
+            return
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, found, strict=True)]
+        at = window.at
+        centered = window.core is None
+        projected = list(gauge_fix(at, filled).deltas) if centered else filled
+        cores = list(range(len(probes))) if window.core is None else [window.core]
+        b1, b2 = betas
+        moves = []
+        for k, core in enumerate(cores):
+            track.counts[core] += 1
+            track.moment[k] = track.moment[k].lerp(projected[k], 1 - b1)
+            move = track.moment[k] / (1 - b1 ** track.counts[core])
+            if b2 is not None:
+                square = projected[k].abs().square().mean()
+                track.second[core] = torch.lerp(track.second[core].to(square), square, 1 - b2)
+            moves.append(move)
+        if b2 is None:
+            steps = [lr * move for move in moves]
+        else:
+            roots = [(track.second[core] / (1 - b2 ** max(1, track.counts[core]))).sqrt() for core in cores]
+            largest = torch.stack([root * sqrt(move.numel()) for root, move in zip(roots, moves, strict=True)]).max()
+            steps = []
+            for root, move in zip(roots, moves, strict=True):
+                # a core whose gradient is rounding noise (a square basis) must not be blown up to a full step
+                floor = largest / sqrt(move.numel()) * max(1e-8, 100 * torch.finfo(move.dtype).eps)
+                scale = sqrt(track.numel / move.numel())
+                steps.append(lr * scale * move / (root + floor).clamp_min(torch.finfo(move.dtype).tiny))
+        for k, (probe, step) in enumerate(zip(probes, steps, strict=True)):
+            if decay:
+                probe.mul_(1 - lr * decay)
+                if not centered or cores[k] == at.root:
+                    probe.sub_(at.center[cores[k]], alpha=lr * decay)
+            probe.sub_(step)
+        for member in track.layers:
+            member.window_moved()
+
+    # --- what users ask ---
+
+    def settle(self) -> None:
+        """Round by the tolerance a last time, without reserve; ranks stay from now on."""
+        if not self.fixed:
+            self._close(settling=True)
+
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Ranks of every layer by the tolerance, without the reserve, in the order of `layer.network.bonds`."""
+        return {
+            name: tuple(track.ranks.found[bond] for bond in track.window.at.net.bonds)
+            for track in self._tracks
+            for name in track.names
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
+        tracks = []
+        for track in self._tracks:
+            tracks.append(
+                {
+                    "names": track.names,
+                    "cores": [core.detach().clone() for core in track.window.at.net.cores],
+                    "core": track.window.core,
+                    "fresh": track.window.fresh,
+                    "probes": [probe.detach().clone() for probe in track.layer.probes],
+                    "moment": [m.clone() for m in track.moment],
+                    "second": [v.clone() for v in track.second],
+                    "counts": list(track.counts),
+                    "turn": track.turn,
+                    "cut_again": track.cut_again,
+                    "found": dict(track.ranks.found),
+                    "kept": dict(track.ranks.kept),
+                }
+            )
+        group = {key: value for key, value in self.param_groups[0].items() if key != "params"}
+        return {
+            "tracks": tracks,
+            "group": group,
+            "inner": None if self.inner is None else self.inner.state_dict(),
+            "steps": self.steps,
+            "fixed": self.fixed,
+            "generator": self.generator.get_state(),
+            "history": copy.deepcopy(self.history),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a state was saved; the layers' weights are set to it too.
+
+        Raises:
+            ValueError: the state of another model.
+        """
+        names = [track.names for track in self._tracks]
+        saved = [state["names"] for state in state_dict["tracks"]]
+        if names != saved:
+            raise ValueError(
+                f"RankAdaptive.load_state_dict: the state must be of this model, expected {names}, got {saved}"
+            )
+        self.steps, self.fixed = state_dict["steps"], state_dict["fixed"]
+        self.generator.set_state(state_dict["generator"].cpu())
+        self.history = copy.deepcopy(state_dict["history"])
+        self.param_groups[0].update(state_dict["group"])
+        if self.inner is not None:
+            self.inner.load_state_dict(state_dict["inner"])
+            self.param_groups[1:] = self.inner.param_groups
+        for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
+            like = track.layer.cores[0]
+
+            def own(values: list[Tensor], like: Tensor = like) -> list[Tensor]:
+                return [value.to(device=like.device, dtype=like.dtype).clone() for value in values]
+
+            structure = track.layer._structure
+            net = structure.format._unchecked(own(state["cores"]), structure.legs, structure.rows, structure.cols)
+            track.ranks.found, track.ranks.kept = dict(state["found"]), dict(state["kept"])
+            window = Window(gauges(net, track.root, gauged=True), state["core"], track.ranks.found)
+            track.layer.open_window(window)
+            for probe, value in zip(track.layer.probes, own(state["probes"]), strict=True):
+                probe.copy_(value)
+            for twin in track.layers[1:]:
+                twin.open_window(window, track.layer.probes)
+            if not state["fresh"]:
+                for member in track.layers:
+                    member.window_moved()
+            track.moment, track.second = own(state["moment"]), [v.to(like.device) for v in state["second"]]
+            track.counts, track.turn, track.cut_again = list(state["counts"]), state["turn"], state["cut_again"]
+
+
+def _trees(model: nn.Module) -> dict[int, tuple[list[str], list[NetworkLayer]]]:
+    """Layers by the network they share: names and layers, in the order of the model."""
+    found: dict[int, tuple[list[str], list[NetworkLayer]]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, NetworkLayer) or not all(core.requires_grad for core in module.cores):
+            continue
+        module.close_window()
+        net = module.network
+        if not net.is_tree or not net.bonds:
+            continue
+        names, layers = found.setdefault(id(module.cores[0]), ([], []))
+        names.append(name)
+        layers.append(module)
+    return found
+
+
+def _to(sizes: Mapping[str, int]) -> Callable[[str, Tensor, float], int]:
+    return lambda bond, squares, norm: sizes[bond]
+
+
+def _centers(net: Network) -> list[int]:
+    """Cores that move in turn: not those that are a matrix between two bonds, which their neighbours contain."""
+    outside = set(net.outside)
+    wanted = [k for k, leg in enumerate(net.legs) if outside & set(leg) or len(leg) > 2]
+    return wanted or [0]
+
+
+def compact(model: M) -> M:
+    """A copy of a model in training with every network rounded to the ranks that its optimizer reports.
+
+    What to evaluate, save and ship: without the directions in reserve, and without probes. A model that is not in
+    training is copied as it is.
+
+    Example:
+        >>> import tnlayers
+        >>> from decompositions import LowRank
+        >>> layer = tnlayers.Linear(8, 6, network=tnlayers.random_network(LowRank, rank=2))
+        >>> _ = tnlayers.RankAdaptive(layer, lr=0.01, tol=0.1)
+        >>> layer.network.ranks != tnlayers.compact(layer).network.ranks
+        True
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        made = copy.deepcopy(model)
+    done: dict[int, Network] = {}
+    for module in made.modules():
+        if isinstance(module, NetworkLayer) and module._window is not None:
+            window, key = module._window, id(module.cores[0])
+            if key not in done:
+                with torch.no_grad():
+                    net = module.network.detach()
+                done[key] = cut_by(net, _to(window.ranks))[0]
+            module.close_window()
+            module.set_network(done[key])
+    return made
+
+
+def _check_options(
+    lr: float,
+    tol: float | None,
+    theta: float | None,
+    reserve: int,
+    settle: int | None,
+    min_rank: int,
+    max_rank: int | None,
+    budget: int | None,
+    every: int,
+    betas: tuple[float, float | None],
+    weight_decay: float,
+) -> None:
+    def number(value: Any, least: float) -> bool:
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        return plain and isfinite(value) and value >= least
+
+    def integer(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("lr", lr, number(lr, 0.0), "a number >= 0"),
+        ("tol", tol, tol is None or (number(tol, 0.0) and tol < 1), "a number in [0, 1), or None"),
+        ("theta", theta, theta is None or number(theta, 0.0), "a number >= 0, or None"),
+        ("reserve", reserve, integer(reserve, 0), "an int >= 0"),
+        ("settle", settle, settle is None or integer(settle, 1), "an int >= 1 (a step), or None"),
+        ("min_rank", min_rank, integer(min_rank, 1), "an int >= 1"),
+        ("max_rank", max_rank, max_rank is None or integer(max_rank, min_rank), "an int >= min_rank, or None"),
+        ("budget", budget, budget is None or integer(budget, 1), "a number of parameters >= 1, or None"),
+        ("every", every, integer(every, 1), "an int >= 1"),
+        ("weight_decay", weight_decay, number(weight_decay, 0.0), "a number >= 0"),
+    ]
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    decays = pair and number(betas[0], 0.0) and betas[0] < 1
+    decays = decays and (betas[1] is None or (number(betas[1], 0.0) and betas[1] < 1))
+    rules.append(("betas", betas, decays, "two numbers in [0, 1), the second may be None"))
+    for name, value, right, expected in rules:
+        if not right:
+            raise ValueError(f"RankAdaptive: {name} must be {expected}, got {value!r}")

@@ -1,0 +1,124 @@
+"""What a layer contracts while an optimizer moves it along its tangent space: the point, and Parameters for the change.
+
+Between two changes of ranks (a window) the weight of a layer is affine in its *probes*: `W = W_open + xi(deltas)`, one
+delta a core in the gauge centered there (`decompositions.geometry`), or the delta of one core alone. The probes are
+ordinary Parameters of the layer, so that `backward` gives the center-gauge gradients as their `.grad`, and clipping,
+accumulation, loss scaling and reduction see nothing special; they are not in `state_dict`. The cores' own `.grad` stays
+None: the cores are the point at which the window was opened.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decompositions import Network, to_dense
+from decompositions.geometry import Chain, Gauges, Tangent, center_gradients, longest_path
+
+
+class Probes(nn.ParameterList):
+    """Parameters that no state dict holds: what they mean ends with the window."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+
+class Window:
+    """A layer's weight as an affine function of its probes.
+
+    Args:
+        at: gauges of the point; `at.net` are the layer's cores.
+        core: None where all cores move along the tangent space; otherwise the only one that moves, unrestricted.
+        ranks: of every bond, without the directions in reserve.
+    """
+
+    def __init__(self, at: Gauges[Any], core: int | None = None, ranks: dict[str, int] | None = None) -> None:
+        self.at, self.core = at, core
+        self.ranks = dict(zip(at.net.bonds, at.net.ranks, strict=True)) if ranks is None else ranks
+        self.fresh = True  # whether all probes are known to be zero
+        self._chain: Chain[Any] | None = None
+
+    @property
+    def centers(self) -> tuple[Tensor, ...]:
+        """Center cores of those that move: what the probes change."""
+        return self.at.center if self.core is None else (self.at.center[self.core],)
+
+    def cores(self, probes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Cores of a network with the current weight, differentiable with respect to the probes."""
+        at = self.at
+        if self.core is not None:
+            cores = list(at.centered(self.core).cores)
+            cores[self.core] = at.center[self.core] + probes[0]
+            return tuple(cores)
+        if self.fresh and not torch.is_grad_enabled():
+            return at.net.cores
+        return tuple(Tangent(at, tuple(probes)).blocks(point=True).to_cores())
+
+    def network(self, probes: Sequence[Tensor]) -> Network:
+        """The current weight; between steps at doubled ranks where all cores move."""
+        net = self.at.net
+        return net._unchecked(self.cores(probes), net.legs, net.rows, net.cols)
+
+    def dense(self, probes: Sequence[Tensor]) -> Tensor | None:
+        """The dense weight at the point itself, whose gradient G becomes that of every center; None once it has moved.
+
+        Two sweeps of contractions of G in place of autograd through doubled cores.
+        """
+        if self.core is not None or not self.fresh or not torch.is_grad_enabled():
+            return None
+        made: Tensor = _Dense.apply(self.at, *probes)
+        return made
+
+    def multiply(self, x: Tensor, probes: Sequence[Tensor]) -> Tensor | None:
+        """`x W^T` at the point itself by the two-gauge chain, x (batch, columns); None once it has moved."""
+        if self.core is not None or not self.fresh or not torch.is_grad_enabled():
+            return None
+        if self._chain is None:
+            self._chain = Chain(self.at, chain_path(self.at))
+        made: Tensor = _Multiply.apply(self._chain, x, *probes)
+        return made
+
+
+def chain_path(at: Gauges[Any]) -> tuple[int, ...]:
+    """The longest path of a tree through its root, from the end nearer to the columns."""
+    net = at.net
+    path = longest_path(net)
+    if at.root not in path:
+        path = (at.root,)
+    cols = set(net.cols)
+    return path if cols & set(net.legs[path[0]]) else path[::-1]
+
+
+class _Dense(torch.autograd.Function):
+    """The dense tensor of a tree; its gradient is contracted to those of all centers."""
+
+    @staticmethod
+    def forward(ctx: Any, at: Gauges[Any], *probes: Tensor) -> Tensor:
+        ctx.at = at
+        return to_dense(at.net)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        found = center_gradients(ctx.at, gradient)
+        return (None, *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[1:], strict=True)))
+
+
+class _Multiply(torch.autograd.Function):
+    """The two-gauge chain as an autograd function."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain[Any], x: Tensor, *probes: Tensor) -> Tensor:
+        y, kept = chain.forward(x)
+        ctx.chain, ctx.labels = chain, [labels for _, labels in kept]
+        ctx.save_for_backward(*(value for value, _ in kept))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        kept = list(zip(ctx.saved_tensors, ctx.labels, strict=True))
+        gx, found = ctx.chain.backward(kept, gradient)
+        return (None, gx, *found)
