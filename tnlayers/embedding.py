@@ -217,7 +217,7 @@ class Embedding(TableLayer):
         return y.reshape(*tokens.shape, self.embedding_dim)
 
     def _look_up(self, flat: Tensor) -> Tensor:
-        net = self.network
+        net = self._contracted
         if (table := frozen_weight(self)) is not None:
             y = F.embedding(flat, table)
         elif (plan := self._plan_for(flat.shape[0])).strategy == "merge":

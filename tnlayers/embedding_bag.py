@@ -123,7 +123,7 @@ class EmbeddingBag(TableLayer):
 
     def _bag_plans(self, tokens: int, bags: int) -> list[BagPlan]:
         """All plans for so many tokens in so many bags, best predicted first."""
-        net = self.network
+        net = self._contracted
         legs, sizes, item = gathered_legs(net), net.sizes, net.dtype.itemsize
         per_token, per_bag = {**sizes, BATCH: tokens}, {**sizes, BATCH: bags}
         every = tuple(range(len(legs)))
@@ -215,7 +215,7 @@ class EmbeddingBag(TableLayer):
         return self._recomputed(lambda flat: self._bags(flat, bounds, weights), tokens.reshape(-1).long())
 
     def _bags(self, flat: Tensor, bounds: Tensor, weights: Tensor | None) -> Tensor:
-        net, bags = self.network, bounds.shape[0] - 1
+        net, bags = self._contracted, bounds.shape[0] - 1
         if (table := frozen_weight(self)) is not None:
             return self._reduce(table, flat, bounds, weights, self.padding_idx)
         plan = self._plan_for_bags(flat.shape[0], bags)

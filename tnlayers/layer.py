@@ -147,9 +147,18 @@ class NetworkLayer(Freezable):
 
     @property
     def network(self) -> Network:
-        """The current network; its cores are the layer's Parameters (but while an optimizer of ours moves them)."""
+        """The current network; its cores are the layer's Parameters, but inside a window that has moved."""
+        moved = self._window is not None and not self._window.fresh
+        return self._with_cores(self._core_list() if moved else list(self.cores))
+
+    def _with_cores(self, cores: list[Tensor]) -> Network:
         s = self._structure
-        return s.format._unchecked(tuple(self._core_list()), s.legs, s.rows, s.cols)
+        return s.format._unchecked(tuple(cores), s.legs, s.rows, s.cols)
+
+    @property
+    def _contracted(self) -> Network:
+        """The network that forward contracts: in a window its cores are functions of the probes."""
+        return self._with_cores(self._core_list())
 
     def set_network(self, network: Network) -> None:
         """Replace the weight, at any ranks: the one call that changes ranks.
@@ -215,7 +224,7 @@ class NetworkLayer(Freezable):
         if probes is not None:
             self.probes = probes
         elif "probes" not in self._modules:
-            self.probes = Probes([nn.Parameter(torch.zeros_like(core)) for core in window.at.net.cores])
+            self.probes = Probes([nn.Parameter(core.new_zeros(core.shape)) for core in window.at.net.cores])
         if probes is None:
             moving = range(len(self.cores)) if window.core is None else (window.core,)
             for k, parameter in enumerate(self.probes):
@@ -228,9 +237,12 @@ class NetworkLayer(Freezable):
                     resize_(parameter, window.at.center[k].new_zeros(shape))
         resized = self._window is None or self._window.at.net.ranks != window.at.net.ranks
         resized = resized or self._window is None or self._window.core != window.core
+        ranks = None if self._window is None else self._window.at.net.ranks
         self._window = window
         if resized or not window.fresh:
             self._replan()
+        if ranks is not None and ranks != window.at.net.ranks:
+            announce(self, list(self.cores), resized=True)
 
     def close_window(self) -> None:
         """Back to the cores; what the probes had changed is dropped (an optimizer calls set_network with it)."""

@@ -173,15 +173,16 @@ def dimension(net: Network) -> int:
     return sum(core.numel() for core in exact.cores) - sum(rank**2 for rank in exact.ranks)
 
 
-def gauge_fix(at: Gauges[N], gradients: Sequence[Tensor]) -> Tangent[N]:
+def gauge_fix(at: Gauges[N], gradients: Sequence[Tensor], *, twice: bool = True) -> Tangent[N]:
     """`delta_v = (I - U_v U_v^H) E_v` at every core but the root: coordinates of the projection of the gradient."""
     deltas = list(gradients)
     for edge in at.edges:
         axis = at.axis(edge.child, edge.bond)
         u, e = flatten(at.up[edge.child], axis), flatten(deltas[edge.child], axis)
         e = e - u @ (u.mH @ e)
-        # once more: what is left of a gradient that is nearly in the span is not orthogonal to it otherwise
-        deltas[edge.child] = unflatten(e - u @ (u.mH @ e), deltas[edge.child].shape, axis)
+        if twice:  # what is left of a gradient that is nearly in the span is not orthogonal to it otherwise
+            e = e - u @ (u.mH @ e)
+        deltas[edge.child] = unflatten(e, deltas[edge.child].shape, axis)
     return Tangent(at, tuple(deltas))
 
 

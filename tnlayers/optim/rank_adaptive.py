@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 
 from decompositions import Network
 from decompositions.formats.gauge import cut_by, orthogonalize
-from decompositions.geometry import Tangent, gauges, transport
+from decompositions.geometry import Tangent, center_gradients, gauges
 from decompositions.geometry.tangent import extend, gauge_fix
 from decompositions.linalg import TruncationWarning
 from tnlayers.integrators.integrate import default_root
@@ -35,6 +35,10 @@ Inner = Callable[[Iterable[Tensor]], Optimizer]
 
 PATIENCE = 20
 """Roundings in a row that cut what the steps had made, after which ranks are said to be stuck."""
+
+
+RENEW = 50
+"""Roundings after which bases are orthonormalized again."""
 
 
 class RankLimitWarning(UserWarning):
@@ -212,15 +216,16 @@ class RankAdaptive(Optimizer):
         if not self.fixed:
             net = widen_bonds(net, track.ranks.wanted(net), track.root, self.generator)
             track.ranks.kept = dict(zip(net.bonds, net.ranks, strict=True))
-        at = gauges(net, track.root, gauged=gauged or first)
+        # bases are products of orthonormal ones from rounding to rounding: now and then they are made anew
+        at = gauges(net, track.root, gauged=(gauged or first) and len(self.history) % RENEW != 0)
         core = None
         if self.window == "center":
             turns = _centers(net)
             core = turns[track.turn % len(turns)]
             track.turn += 1
         if old is not None and core is None and old.core is None and track.moment:
-            moved = transport(at, Tangent(old.at, tuple(track.moment)))
-            track.moment = list(moved.deltas)
+            seen = center_gradients(at, Tangent(old.at, tuple(track.moment)))  # its transport
+            track.moment = list(gauge_fix(at, seen, twice=False).deltas)
         else:
             centers = at.center if core is None else (at.center[core],)
             track.moment = [torch.zeros_like(center) for center in centers]
@@ -230,14 +235,18 @@ class RankAdaptive(Optimizer):
         for twin in track.layers[1:]:
             twin.open_window(window, track.layer.probes)
 
+    def _group_probes(self) -> None:
+        """The first group holds the probes; a layer whose weight was replaced has new ones."""
+        self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
+
     @torch.no_grad()
     def _moved(self, track: _Track) -> tuple[Network, bool]:
         """The weight at the end of a window, as a tree centered at the root (True) or anyhow (False)."""
         window, layer = track.window, track.layer
         if window.core is not None:
             return layer.network.detach(), False
-        xi = gauge_fix(window.at, [probe.detach() for probe in layer.probes])
-        return extend(xi), True
+        # what rounding left of the deltas along U, extend drops
+        return extend(Tangent(window.at, tuple(probe.detach() for probe in layer.probes))), True
 
     @torch.no_grad()
     def _close(self, *, settling: bool = False) -> None:
@@ -286,13 +295,14 @@ class RankAdaptive(Optimizer):
                 for bond, squares in own.spectra.items()
             ]
             limit = max(own.theta or 0.0, (own.tol or 0.0) * own.norm) / sqrt(max(1, len(own.found)))
-            track.cut_again = 0 if grown or max(lost, default=0.0) < 0.01 * limit else track.cut_again + 1
+            idle = max(lost, default=0.0) <= 1e-12 * own.norm
+            track.cut_again = 0 if grown or idle else track.cut_again + 1
             if track.cut_again >= PATIENCE:
                 self._say(
                     f"stuck {track.names[0]}",
-                    f"RankAdaptive: ranks of {track.names[0] or 'the layer'} cannot grow: for {PATIENCE} roundings the "
-                    f"largest new singular value ({max(lost):.2g}) stayed under the tolerance ({limit:.2g}) and was "
-                    "cut; use reserve=1, a smaller tol, a larger lr or longer windows (every=)",
+                    f"RankAdaptive: ranks of {track.names[0] or 'the layer'} cannot grow: in {PATIENCE} roundings all "
+                    f"that steps added (now {max(lost):.2g}) was under the tolerance ({limit:.2g}) and cut; where the "
+                    "loss is not low enough yet use reserve=1, a smaller tol, a larger lr or longer windows (every=)",
                 )
         if own.most is not None and any(rank >= own.most for rank in own.found.values()):
             self._say(
@@ -319,29 +329,33 @@ class RankAdaptive(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
+        self.steps += 1
+        settling = not self.fixed and self.settle_at is not None and self.steps >= self.settle_at
+        closing = settling or self.steps % self.every == 0
         for track in self._tracks:
             if track.layer._window is None:
                 self._open(track, first=True)  # somebody replaced the weight
-                continue
-            self._move(track, group["lr"], group["betas"], group["weight_decay"])
+                self._group_probes()
+            elif self._move(track, group["lr"], group["betas"], group["weight_decay"]) and not closing:
+                for member in track.layers:
+                    member.window_moved()
         if self.inner is not None:
             self.inner.step()
-        self.steps += 1
-        settling = not self.fixed and self.settle_at is not None and self.steps >= self.settle_at
-        if settling or self.steps % self.every == 0:
+        if closing:
             self._close(settling=settling)
         return loss
 
-    def _move(self, track: _Track, lr: float, betas: tuple[float, float | None], decay: float) -> None:
+    def _move(self, track: _Track, lr: float, betas: tuple[float, float | None], decay: float) -> bool:
+        """Move the probes of a network; whether they moved."""
         layer, window = track.layer, track.window
         probes = layer._active_probes()
         found = [probe.grad for probe in probes]
         if all(gradient is None for gradient in found):
-            return
+            return False
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, found, strict=True)]
         at = window.at
         centered = window.core is None
-        projected = list(gauge_fix(at, filled).deltas) if centered else filled
+        projected = list(gauge_fix(at, filled, twice=False).deltas) if centered else filled
         cores = list(range(len(probes))) if window.core is None else [window.core]
         b1, b2 = betas
         moves = []
@@ -370,8 +384,7 @@ class RankAdaptive(Optimizer):
                 if not centered or cores[k] == at.root:
                     probe.sub_(at.center[cores[k]], alpha=lr * decay)
             probe.sub_(step)
-        for member in track.layers:
-            member.window_moved()
+        return True
 
     # --- what users ask ---
 
@@ -448,6 +461,7 @@ class RankAdaptive(Optimizer):
             structure = track.layer._structure
             net = structure.format._unchecked(own(state["cores"]), structure.legs, structure.rows, structure.cols)
             track.ranks.found, track.ranks.kept = dict(state["found"]), dict(state["kept"])
+            # the cores saved are those of the gauges, orthonormal already
             window = Window(gauges(net, track.root, gauged=True), state["core"], track.ranks.found)
             track.layer.open_window(window)
             for probe, value in zip(track.layer.probes, own(state["probes"]), strict=True):
@@ -459,6 +473,7 @@ class RankAdaptive(Optimizer):
                     member.window_moved()
             track.moment, track.second = own(state["moment"]), [v.to(like.device) for v in state["second"]]
             track.counts, track.turn, track.cut_again = list(state["counts"]), state["turn"], state["cut_again"]
+        self._group_probes()
 
 
 def _trees(model: nn.Module) -> dict[int, tuple[list[str], list[NetworkLayer]]]:
