@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from decompositions.formats.tree import DimensionTree, Tree, balanced_tree, read_tree, tree_ranks
+from decompositions.formats.tree import DimensionTree, Tree, balanced_tree, check_num_rows, read_tree, tree_ranks
 from decompositions.linalg import Method, check_kind, full_precision
 from decompositions.truncation import Truncation
 
@@ -45,6 +45,7 @@ def tree_svd(
         Tree whose cores are isometries toward the root, core 0, the center.
 
     Raises:
+        TypeError: no floating or complex tensor; num_rows that is not an int.
         ValueError: NaN or infinity, an empty mode, an impossible rank, a tree that does not carry the axes of x.
 
     References:
@@ -61,6 +62,7 @@ def tree_svd(
     check_kind("tree_svd", x)
     if method == "randomized" and rank is None:
         raise ValueError("tree_svd: method='randomized' needs a rank, got rank=None; use method='auto' with tol")
+    num_rows = check_num_rows("tree_svd", num_rows, x.ndim)
     tree = balanced_tree(x.ndim) if tree is None else tree
     nodes = read_tree("tree_svd", tree, x.ndim)
     caps = tree_ranks("tree_svd", nodes, x.shape, rank)

@@ -367,6 +367,8 @@ def test_no_hessian_at_deficient_rank():
     at = gauges(flat)
     with pytest.raises(ValueError, match="full rank at every bond"):
         hessian_vector_product(at, partial(_square), project(at, randn(net)))
+    with pytest.raises(ValueError, match="check_gradient: the point must have full rank at every bond"):
+        check_gradient(_square, add(net, scale(net, 1e-20)), hessian=False)
 
 
 def _square(w: Network) -> Tensor:

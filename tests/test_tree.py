@@ -2,6 +2,7 @@
 
 from math import sqrt
 
+import numpy as np
 import pytest
 import torch
 
@@ -199,3 +200,43 @@ def test_refused_cores():
     with pytest.raises(ValueError, match="finite"):
         tree_svd(torch.tensor([[1.0, float("nan")]]))
     assert isinstance(tree_svd(torch.ones(3)), Network)
+
+
+def test_refused_modes_and_rows():
+    for modes in ((0, 3), (3, -1)):
+        with pytest.raises(ValueError, match="Tree: every mode size must be at least 1"):
+            Tree.random(row_modes=modes, rank=2)
+        with pytest.raises(ValueError, match="col_modes"):
+            Tree.random(row_modes=(2,), col_modes=modes, rank=2)
+    for wrong in ((2.0, 3), ("a",), 3):
+        with pytest.raises(TypeError, match="Tree: row_modes must be a tuple of ints"):
+            Tree.random(row_modes=wrong, rank=2)
+    cores = [torch.zeros(2, 2), torch.zeros(2, 3), torch.zeros(2, 3)]
+    for num_rows in ("a", 1.0, True):
+        with pytest.raises(TypeError, match="Tree: num_rows must be an int"):
+            Tree(cores, ((0,), (1,)), num_rows=num_rows)
+        with pytest.raises(TypeError, match="tree_svd: num_rows must be an int"):
+            tree_svd(torch.ones(2, 3), num_rows=num_rows)
+    with pytest.raises(ValueError, match=r"tree_svd: num_rows must be in 0\.\.2"):
+        tree_svd(torch.ones(2, 3), num_rows=3)
+
+
+@pytest.mark.parametrize("make", [balanced_tree, chain_tree])
+def test_refused_axes(make):
+    for wrong in (2.0, "01", None, (k for k in range(2)), [0, 1.0], True):
+        with pytest.raises(TypeError, match=f"{make.__name__}: axes must be"):
+            make(wrong)
+    for wrong in ([0, 0], [-1, 0], [], 0, -2):
+        with pytest.raises(ValueError, match=f"{make.__name__}: expected"):
+            make(wrong)
+
+
+def test_ints_of_numpy_are_ints():
+    axes = [np.int64(k) for k in range(3)]
+    assert balanced_tree(np.int64(3)) == balanced_tree(axes) == balanced_tree(3)
+    tree = ((axes[0],), (axes[1], axes[2]))
+    net = Tree.random(row_modes=(np.int64(2), 3), col_modes=(4,), rank=2, tree=tree)
+    assert net.tree == ((0,), (1, 2))
+    assert all(type(axis) is int for child in net.tree for axis in child)
+    x = torch.randn(2, 3, 4)
+    assert tree_svd(x, 2, tree=tree, num_rows=np.int64(2)).cols == ("i2",)

@@ -1,8 +1,9 @@
 """Tree: cores on any tree, outside legs on any of them; hierarchical Tucker on any dimension tree."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from typing import Any, NamedTuple, final
 
 import torch
@@ -35,6 +36,7 @@ class Tree(Network):
         num_rows: how many leading axes of the dense tensor are rows; all by default.
 
     Raises:
+        TypeError: num_rows that is not an int.
         ValueError: nested tuples that are no dimension tree, or cores that do not fit it.
 
     References:
@@ -54,9 +56,7 @@ class Tree(Network):
     ) -> None:
         nodes = read_tree("Tree", tree)
         order = sum(len(node.axes) for node in nodes)
-        num_rows = order if num_rows is None else num_rows
-        if not 0 <= num_rows <= order:
-            raise ValueError(f"Tree: num_rows must be in 0..{order} (the order), got {num_rows}")
+        num_rows = check_num_rows("Tree", num_rows, order)
         outside = tuple(f"i{k}" for k in range(order))
         self._init(tuple(cores), tree_legs(nodes), outside[:num_rows], outside[num_rows:])
 
@@ -91,12 +91,13 @@ class Tree(Network):
         tree: DimensionTree | None = None,
     ) -> "Tree":
         """Shapes alone, on the meta device. `rank`: a cap for all bonds, or one entry a bond, in their order."""
-        sizes = (*row_modes, *col_modes)
+        rows = _mode_sizes("row_modes", row_modes)
+        sizes = (*rows, *_mode_sizes("col_modes", col_modes))
         tree = balanced_tree(len(sizes)) if tree is None else tree
         nodes = read_tree("Tree", tree, len(sizes))
         ranks = tree_ranks("Tree", nodes, sizes, rank)
         shapes = tree_shapes(nodes, sizes, ranks)
-        return cls([torch.empty(shape, device="meta") for shape in shapes], tree, len(row_modes))
+        return cls([torch.empty(shape, device="meta") for shape in shapes], tree, len(rows))
 
     @classmethod
     def random(
@@ -114,6 +115,38 @@ class Tree(Network):
         """Draw a tree (a balanced binary one by default) whose entries have root mean square `std` exactly."""
         skeleton = cls.skeleton(row_modes, col_modes, rank, tree)
         return fill_random(skeleton, std=std, generator=generator, dtype=dtype, device=device)
+
+
+def _integer(value: object) -> int | None:
+    """An int, also numpy's; None for what is none (True is none, though Python counts with it)."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _mode_sizes(name: str, modes: Any) -> tuple[int, ...]:
+    sizes = [_integer(size) for size in modes] if isinstance(modes, Iterable) else [None]
+    found = tuple(size for size in sizes if size is not None)
+    if len(found) < len(sizes):
+        raise TypeError(f"Tree: {name} must be a tuple of ints, got {modes!r}")
+    if any(size < 1 for size in found):
+        raise ValueError(f"Tree: every mode size must be at least 1, got {name}={modes!r}")
+    return found
+
+
+def check_num_rows(name: str, num_rows: int | None, order: int) -> int:
+    """How many leading axes are rows; all of them for None."""
+    if num_rows is None:
+        return order
+    found = _integer(num_rows)
+    if found is None:
+        raise TypeError(f"{name}: num_rows must be an int or None, got {num_rows!r}")
+    if not 0 <= found <= order:
+        raise ValueError(f"{name}: num_rows must be in 0..{order} (the order), got {num_rows}")
+    return found
 
 
 class Node(NamedTuple):
@@ -160,9 +193,10 @@ def read_tree(name: str, tree: DimensionTree, order: int | None = None) -> list[
         found.append((parent, entries))
         below = []
         for entry in node:
-            if isinstance(entry, int) and not isinstance(entry, bool):
-                entries.append((entry, None))
-                axes.append(entry)
+            axis = _integer(entry)
+            if axis is not None:
+                entries.append((axis, None))
+                axes.append(axis)
             else:
                 below.append((entry, number, len(entries)))
                 entries.append((None, None))
@@ -213,17 +247,35 @@ def balanced_tree(axes: int | Sequence[int]) -> DimensionTree:
     Args:
         axes: how many, or which in what order.
 
+    Raises:
+        TypeError: neither an int nor a sequence of ints.
+        ValueError: no axis, an axis twice, or a negative one.
+
     Example:
         >>> balanced_tree(4), balanced_tree([2, 0, 1])
         ((((0,), (1,)), ((2,), (3,))), (((2,), (0,)), (1,)))
     """
-    axes = range(axes) if isinstance(axes, int) else axes
-    if len(axes) < 1:
-        raise ValueError(f"balanced_tree: expected at least one axis, got {axes}")
+    axes = _axes("balanced_tree", axes)
     if len(axes) == 1:
         return (axes[0],)
     half = (len(axes) + 1) // 2
     return balanced_tree(axes[:half]), balanced_tree(axes[half:])
+
+
+def _axes(name: str, axes: int | Sequence[int]) -> list[int]:
+    """Axes of a dimension tree, from how many or from which."""
+    count = _integer(axes)
+    if count is None and (not isinstance(axes, Sequence) or isinstance(axes, str)):
+        raise TypeError(f"{name}: axes must be an int (how many) or a sequence of ints (which), got {axes!r}")
+    given = range(count) if count is not None else axes
+    found = [axis for axis in map(_integer, given) if axis is not None]  # type: ignore[arg-type]
+    if len(found) < len(given):  # type: ignore[arg-type]
+        raise TypeError(f"{name}: axes must be ints, got {axes!r}")
+    if len(found) < 1:
+        raise ValueError(f"{name}: expected at least one axis, got {axes!r}")
+    if len(set(found)) < len(found) or min(found) < 0:
+        raise ValueError(f"{name}: expected every axis once, counted from 0, got {axes!r}")
+    return found
 
 
 def chain_tree(axes: int | Sequence[int]) -> DimensionTree:
@@ -232,13 +284,15 @@ def chain_tree(axes: int | Sequence[int]) -> DimensionTree:
     Args:
         axes: how many, or which in what order.
 
+    Raises:
+        TypeError: neither an int nor a sequence of ints.
+        ValueError: no axis, an axis twice, or a negative one.
+
     Example:
         >>> chain_tree(3)
         (0, (1, (2,)))
     """
-    axes = list(range(axes) if isinstance(axes, int) else axes)
-    if len(axes) < 1:
-        raise ValueError(f"chain_tree: expected at least one axis, got {axes}")
+    axes = _axes("chain_tree", axes)
     made: DimensionTree = (axes[-1],)
     for axis in reversed(axes[:-1]):
         made = (axis, made)

@@ -4,14 +4,15 @@ The doubled tree of a tangent vector has two halves a bond and k + 2 blocks at a
 that a dense core of doubled ranks would hold. A plain network is the case of one half.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from decompositions.formats.network import Labels, Network
+from decompositions.linalg import accumulate_dtype
 
 PLAIN, DELTA = 0, 1
 """Halves of a bond of a doubled tree: no change in the subtree below; exactly one."""
@@ -37,6 +38,21 @@ class BlockTree(NamedTuple):
         """A network as the case of one half."""
         blocks = tuple((Block((0,) * core.ndim, core),) for core in net.cores)
         return cls(net.legs, net.rows, net.cols, blocks)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every outside label."""
+        outside = {*self.rows, *self.cols}
+        return {
+            label: size
+            for leg, blocks in zip(self.legs, self.blocks, strict=True)
+            for label, size in zip(leg, blocks[0].core.shape, strict=True)
+            if label in outside
+        }
+
+    def to(self, dtype: torch.dtype) -> "BlockTree":
+        """`torch.Tensor.to` for every block."""
+        return self._replace(blocks=tuple(tuple(b._replace(core=b.core.to(dtype)) for b in own) for own in self.blocks))
 
     def to_cores(self) -> list[Tensor]:
         """Cores of a network with the same value, the halves of every bond side by side.
@@ -116,3 +132,64 @@ def leave_one_out(core: Tensor, along_axes: Sequence[tuple[int, Tensor]]) -> Ite
         for axis, matrix in absorb:
             partial = along(partial, axis, matrix)
         yield from leave_one_out(partial, keep)
+
+
+def contract_common(x: Tensor, labels: Labels, core: Tensor, leg: Labels) -> tuple[Tensor, Labels]:
+    """Contract over the labels that both have."""
+    common = [label for label in leg if label in labels]
+    axes = [labels.index(label) for label in common], [leg.index(label) for label in common]
+    rest = tuple(label for label in labels if label not in common)
+    return torch.tensordot(x, core, dims=axes), rest + tuple(label for label in leg if label not in common)
+
+
+def all_but_one(
+    x: Tensor, labels: Labels, children: Sequence[int], compress: Callable[..., Any], *, full: bool = True
+) -> Any:
+    """Pairs (child, x with the subtrees of all other children compressed), and where `full` (None, all compressed).
+
+    By halves, so that no subtree is compressed more than log k times.
+    """
+    if len(children) <= 1:
+        for child in children:
+            yield child, (x, labels)
+            x, labels = compress(x, labels, child) if full else (x, labels)
+        if full:
+            yield None, (x, labels)
+        return
+    half = len(children) // 2
+    for keep, absorb, last in ((children[:half], children[half:], full), (children[half:], children[:half], False)):
+        rest = (x, labels)
+        for child in absorb:
+            rest = compress(*rest, child)
+        yield from all_but_one(*rest, keep, compress, full=last)
+
+
+def padded(core: Tensor, shape: Sequence[int]) -> Tensor:
+    """A copy with zeros behind along every axis."""
+    made = core.new_zeros(tuple(shape))
+    place = made
+    for axis, size in enumerate(core.shape):
+        place = place.narrow(axis, 0, size)
+    place.copy_(core)
+    return made
+
+
+def normal_basis(basis: Tensor, rest: Tensor) -> Tensor:
+    """Orthonormal columns, normal to those of `basis` (n, r), that span `rest`, which is normal to them already.
+
+    As many as `rest` has columns, or n - r. Where `rest` has no full rank, QR completes its columns by any, which must
+    be normal to `basis` too: then both are factored together.
+    """
+    n, r = basis.shape
+    count = min(rest.shape[1], n - r)
+    if count == 0:
+        return basis.new_zeros(n, 0)
+    if accumulate_dtype(basis.dtype) != basis.dtype:  # there is no QR in half precision
+        wide = accumulate_dtype(basis.dtype)
+        return normal_basis(basis.to(wide), rest.to(wide)).to(basis.dtype)
+    if count == rest.shape[1]:
+        q = torch.linalg.qr(rest).Q
+        overlap = basis.mH @ q
+        if float(torch.linalg.vector_norm(overlap)) < torch.finfo(q.dtype).eps ** 0.5:
+            return q - basis @ overlap
+    return torch.linalg.qr(torch.cat([basis, rest], 1)).Q[:, r : r + count]

@@ -1,6 +1,7 @@
 """All orthogonal gauges of a tree at once: one sweep of QR up, one down."""
 
 from dataclasses import dataclass
+from operator import index
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -86,6 +87,7 @@ def gauges(net: N, root: int = 0, *, gauged: bool = False) -> Gauges[N]:
         gauged: whether all other cores are known to be isometries toward it: half of the QRs are not needed then.
 
     Raises:
+        TypeError: no network, or a root that is not an int.
         ValueError: not a tree, or no such core.
 
     Example:
@@ -97,6 +99,12 @@ def gauges(net: N, root: int = 0, *, gauged: bool = False) -> Gauges[N]:
         >>> bool(torch.allclose(s.norm(), g.center[0].norm()))
         True
     """
+    if not isinstance(net, Network):
+        raise TypeError(f"gauges: the point must be a Network, got {type(net).__name__}")
+    try:
+        root = index(root)
+    except TypeError:
+        raise TypeError(f"gauges: root must be an int, the number of a core, got {root!r}") from None
     if not net.is_tree:
         raise ValueError(
             f"gauges: the network must be a tree (every bond joins two cores, no cycle), got {net.equation}; "
@@ -122,3 +130,8 @@ def gauges(net: N, root: int = 0, *, gauged: bool = False) -> Gauges[N]:
         center[edge.child] = along(up[edge.child], legs[edge.child].index(edge.bond), r)
         links[edge.bond] = r.mT
     return Gauges(net.replace(up), root, edges, tuple(up), tuple(down), tuple(center), links)
+
+
+def gauges_of(point: N | Gauges[N]) -> Gauges[N]:
+    """The gauges of a point that is given as a network or by its gauges."""
+    return point if isinstance(point, Gauges) else gauges(point)

@@ -2,44 +2,89 @@
 
 For `A^H = -A` both `cayley` and `exponential` give an orthogonal (unitary) matrix near `I + A`; `householder` takes any
 matrix to one with orthonormal columns. `torch.nn.utils.parametrizations.orthogonal` trains with the same three; here
-they are functions with inverses, batched and differentiable.
+they are functions with inverses, batched and differentiable. Half precision is computed in float32 and cast back.
 """
 
 import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from decompositions.linalg import full_precision
+from decompositions.linalg import accumulate_dtype, check_finite, full_precision
+
+_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALF, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def skew(x: Inexact[Tensor, "*batch n n"]) -> Inexact[Tensor, "*batch n n"]:
     """`(X - X^H) / 2`, the nearest skew-Hermitian matrix.
+
+    Raises:
+        TypeError: no tensor, or one of integers.
+        ValueError: matrices that are not square.
 
     Example:
         >>> import torch
         >>> skew(torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
         [[0.0, 1.0], [-1.0, 0.0]]
     """
+    _check_shape("skew", x, square=True)
     return (x - x.mH) / 2
 
 
-def _check_skew(name: str, a: Tensor) -> None:
-    if a.ndim < 2 or a.shape[-1] != a.shape[-2]:
-        raise ValueError(f"{name}: expected square matrices, got {tuple(a.shape)}")
-    size, defect = float(a.detach().abs().max()) if a.numel() else 0.0, a.detach() + a.detach().mH
-    if defect.numel() and not float(defect.abs().max()) <= 100 * torch.finfo(a.dtype).eps * max(1.0, size):
-        raise ValueError(
-            f"{name}: expected A^H = -A, got a defect of {float(defect.abs().max()):.3g}; skew(x) = (x - x^H) / 2"
+def _check_shape(name: str, x: Tensor, *, square: bool) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"{name}: expected a floating or complex tensor, got {got}; convert it with x.to(torch.float32)"
         )
+    if x.ndim < 2 or x.shape[-2] < x.shape[-1] or (square and x.shape[-1] != x.shape[-2]):
+        raise ValueError(f"{name}: expected {'square' if square else 'tall'} matrices, got {tuple(x.shape)}")
+
+
+def _slack(dtype: torch.dtype, factor: float) -> float:
+    """Defect let pass: a multiple of eps. A half type is no scratch space: its matrices are exact ones, rounded."""
+    return (4 if dtype in _HALF else factor) * torch.finfo(dtype).eps
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulate_dtype(x.dtype))
+
+
+def _check_skew(name: str, a: Tensor) -> float:
+    """Refuse what is not skew-Hermitian; the largest magnitude of an entry."""
+    _check_shape(name, a, square=True)
+    wide = _wide(a.detach())
+    size, defect = _largest(wide), _largest(wide + wide.mH)
+    if not defect <= _slack(a.dtype, 100) * max(1.0, size):
+        raise ValueError(f"{name}: expected A^H = -A, got a defect of {defect:.3g}; skew(x) = (x - x^H) / 2")
+    return size
+
+
+def _defect(q: Tensor) -> float:
+    """Largest entry of `Q^H Q - I`."""
+    wide = _wide(q.detach())
+    return _largest(wide.mH @ wide - torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device))
 
 
 def _check_orthonormal(name: str, q: Tensor, *, square: bool) -> None:
-    if q.ndim < 2 or q.shape[-2] < q.shape[-1] or (square and q.shape[-1] != q.shape[-2]):
-        raise ValueError(f"{name}: expected {'square' if square else 'tall'} matrices, got {tuple(q.shape)}")
-    gram = q.detach().mH @ q.detach()
-    defect = gram - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    if defect.numel() and not float(defect.abs().max()) <= 1e3 * torch.finfo(q.dtype).eps:
-        raise ValueError(f"{name}: expected orthonormal columns, got a defect of {float(defect.abs().max()):.3g}")
+    _check_shape(name, q, square=square)
+    defect = _defect(q)
+    if not defect <= _slack(q.dtype, 1e3):
+        raise ValueError(f"{name}: expected orthonormal columns, got a defect of {defect:.3g}")
+
+
+def _check_reached(name: str, q: Tensor, size: float) -> None:
+    """Refuse a result that is not orthogonal: rounding grows with the norm of A, which is at most n times its size."""
+    eps = torch.finfo(q.dtype).eps
+    if q.shape[-1] * size * eps > 1e-3 and not _defect(q) <= 1e3 * eps:
+        raise ValueError(
+            f"{name}: the entries of A are too large for {q.dtype}, expected at most about {1e-3 / eps:.0e} / n, got "
+            f"{size:.3g}; use double precision or scale A"
+        )
 
 
 @full_precision
@@ -49,7 +94,8 @@ def cayley(a: Inexact[Tensor, "*batch n n"]) -> Inexact[Tensor, "*batch n n"]:
     Agrees with the exponential to second order. Cost: one linear solve.
 
     Raises:
-        ValueError: matrices that are not square, or not skew-Hermitian.
+        TypeError: no tensor, or one of integers.
+        ValueError: matrices that are not square, or not skew-Hermitian; entries so large that rounding loses the `I`.
 
     Example:
         >>> import torch
@@ -57,9 +103,11 @@ def cayley(a: Inexact[Tensor, "*batch n n"]) -> Inexact[Tensor, "*batch n n"]:
         >>> torch.allclose(q, torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), atol=1e-6)
         True
     """
-    _check_skew("cayley", a)
-    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    return torch.linalg.solve(one - a / 2, one + a / 2)
+    size, half = _check_skew("cayley", a), _wide(a) / 2
+    one = torch.eye(a.shape[-1], dtype=half.dtype, device=a.device)
+    q, failed = torch.linalg.solve_ex(one - half, one + half)
+    _check_reached("cayley", torch.where(failed[..., None, None] > 0, torch.nan, q.detach()), size)
+    return q.to(a.dtype)
 
 
 @full_precision
@@ -76,11 +124,12 @@ def inverse_cayley(q: Inexact[Tensor, "*batch n n"]) -> Inexact[Tensor, "*batch 
         True
     """
     _check_orthonormal("inverse_cayley", q, square=True)
-    one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    smallest = torch.linalg.svdvals((q + one).detach())[..., -1]
-    if smallest.numel() and not float(smallest.min()) > 1e2 * torch.finfo(q.dtype).eps:
+    wide = _wide(q)
+    one = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
+    smallest = torch.linalg.svdvals((wide + one).detach())
+    if smallest.numel() and not float(smallest.min()) > _slack(q.dtype, 100):
         raise ValueError("inverse_cayley: expected no eigenvalue -1, got one; multiply a column by -1 first")
-    return skew(2 * torch.linalg.solve(q + one, q - one, left=False))
+    return skew(2 * torch.linalg.solve(wide + one, wide - one, left=False)).to(q.dtype)
 
 
 @full_precision
@@ -88,7 +137,8 @@ def exponential(a: Inexact[Tensor, "*batch n n"]) -> Inexact[Tensor, "*batch n n
     """Matrix exponential of a skew-Hermitian matrix: the geodesic from the identity with velocity A.
 
     Raises:
-        ValueError: matrices that are not square, or not skew-Hermitian.
+        TypeError: no tensor, or one of integers.
+        ValueError: matrices that are not square, or not skew-Hermitian; entries so large that rounding loses the angle.
 
     Example:
         >>> import math, torch
@@ -96,12 +146,14 @@ def exponential(a: Inexact[Tensor, "*batch n n"]) -> Inexact[Tensor, "*batch n n
         >>> torch.allclose(q, torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), atol=1e-6)
         True
     """
-    _check_skew("exponential", a)
-    return torch.linalg.matrix_exp(a)
+    size = _check_skew("exponential", a)
+    q = torch.linalg.matrix_exp(_wide(a))
+    _check_reached("exponential", q, size)
+    return q.to(a.dtype)
 
 
 @full_precision
-def inverse_exponential(q: Inexact[Tensor, "n n"]) -> Inexact[Tensor, "n n"]:
+def inverse_exponential(q: Inexact[Tensor, "*batch n n"]) -> Inexact[Tensor, "*batch n n"]:
     """Principal logarithm of an orthogonal (unitary) matrix: skew-Hermitian, eigenvalues within (-i pi, i pi).
 
     By the Schur form, diagonal for a normal matrix, of scipy; not differentiable. Cost: 25 n^3.
@@ -119,12 +171,16 @@ def inverse_exponential(q: Inexact[Tensor, "n n"]) -> Inexact[Tensor, "n n"]:
     from scipy.linalg import schur
 
     _check_orthonormal("inverse_exponential", q, square=True)
-    triangle, z = (torch.from_numpy(part) for part in schur(q.detach().cpu().numpy(), output="complex"))
-    angles = torch.angle(triangle.diagonal())
-    if len(angles) and float(angles.abs().max()) > torch.pi - 1e3 * torch.finfo(q.dtype).eps:
+    if not q.numel():
+        return torch.zeros_like(q)
+    flat = _wide(q.detach()).reshape(-1, *q.shape[-2:]).cpu().resolve_conj().numpy()
+    pairs = [schur(matrix, output="complex") for matrix in flat]  # scipy's own batches are newer than what we require
+    triangle, z = (torch.stack([torch.from_numpy(part) for part in side]) for side in zip(*pairs, strict=True))
+    angles = torch.angle(triangle.diagonal(dim1=-2, dim2=-1))
+    if _largest(angles) > torch.pi - _slack(q.dtype, 1e3):
         raise ValueError("inverse_exponential: expected no eigenvalue -1, got one; multiply a column by -1 first")
-    logarithm = (z * (1j * angles)) @ z.mH
-    return skew((logarithm if q.is_complex() else logarithm.real).to(dtype=q.dtype, device=q.device))
+    logarithm = ((z * (1j * angles).unsqueeze(-2)) @ z.mH).reshape(q.shape)
+    return skew(logarithm if q.is_complex() else logarithm.real).to(dtype=q.dtype, device=q.device)
 
 
 @full_precision
@@ -132,13 +188,19 @@ def householder(x: Inexact[Tensor, "*batch n k"]) -> Inexact[Tensor, "*batch n k
     """Product of k reflections `H_1 ... H_k`, its first k columns, each times the sign on the diagonal of x.
 
     `H_j = I - tau v v^H` with `v = (0, ..., 0, 1, x_{j+1,j}, ..., x_{n,j})` and `tau = 2 / ‖v‖^2`: what stands below
-    the diagonal of x is free. Zeros there make the reflection of one axis.
+    the diagonal of x is free. Zeros there make the reflection of one axis. The product is `I - W S^-1 W^H` with the
+    normalized vectors W and the upper triangle S of `W^H W`, its diagonal halved: nothing overflows.
 
     Args:
         x: tall; the entries above the diagonal have no say.
 
     Raises:
-        ValueError: matrices that are not tall.
+        TypeError: no tensor, or one of integers.
+        ValueError: matrices that are not tall; NaN or infinity below the diagonal.
+
+    References:
+        T. Joffrain, T. M. Low, E. S. Quintana-Orti, R. van de Geijn, F. Van Zee, Accumulating Householder
+        transformations, revisited, ACM Trans. Math. Softw. 2006.
 
     Example:
         >>> import torch
@@ -146,12 +208,20 @@ def householder(x: Inexact[Tensor, "*batch n k"]) -> Inexact[Tensor, "*batch n k
         >>> torch.allclose(q.T @ q, torch.eye(3), atol=1e-5)
         True
     """
-    if x.ndim < 2 or x.shape[-2] < x.shape[-1]:
-        raise ValueError(f"householder: expected tall matrices, got {tuple(x.shape)}")
-    v = x.tril(-1)
-    tau = 2 / (1 + (v * v.conj()).real.sum(-2))
-    signs = torch.where(x.diagonal(dim1=-2, dim2=-1).real < 0, -1.0, 1.0).to(x.dtype)
-    return torch.linalg.householder_product(v, tau.to(x.dtype)) * signs.unsqueeze(-2)
+    _check_shape("householder", x, square=False)
+    below = _wide(x).tril(-1)
+    if below.numel():
+        check_finite("householder", below)
+    n, k = x.shape[-2:]
+    one = torch.eye(n, k, dtype=below.dtype, device=x.device)
+    # the size cancels, so that its derivative has no say; squares of entries of 1e20 leave the range of float32
+    size = below.detach().abs().amax(-2, keepdim=True).clamp_min(1) if n else below.real
+    w = below / size + one / size
+    w = w / torch.linalg.vector_norm(w, dim=-2, keepdim=True)
+    s = (w.mH @ w).triu(1) + one[:k] / 2
+    q = one - w @ torch.linalg.solve_triangular(s, w[..., :k, :].mH, upper=True)
+    signs = torch.where(x.diagonal(dim1=-2, dim2=-1).real < 0, -1.0, 1.0).to(q.dtype)
+    return (q * signs.unsqueeze(-2)).to(x.dtype)
 
 
 @full_precision
@@ -170,14 +240,15 @@ def inverse_householder(q: Inexact[Tensor, "*batch n k"]) -> Inexact[Tensor, "*b
         >>> torch.allclose(householder(inverse_householder(q)), q, atol=1e-5)
         True
     """
-    if q.is_complex():
+    if isinstance(q, Tensor) and q.is_complex():
         raise ValueError("inverse_householder: expected a real matrix, got a complex one; use inverse_cayley")
     _check_orthonormal("inverse_householder", q, square=False)
     n, k = q.shape[-2:]
-    rest, x = q.clone(), torch.zeros_like(q)
+    rest = _wide(q)
+    x = torch.zeros_like(rest)
     for j in range(k):
         column = rest[..., j:, j]
-        sign = torch.where(column[..., 0] < 0, -1.0, 1.0).to(q.dtype)
+        sign = torch.where(column[..., 0] < 0, -1.0, 1.0).to(rest.dtype)
         v = torch.cat([column[..., :1] + sign.unsqueeze(-1), column[..., 1:]], -1)
         v = v / v[..., :1]
         tau = 2 / v.square().sum(-1)
@@ -185,7 +256,7 @@ def inverse_householder(q: Inexact[Tensor, "*batch n k"]) -> Inexact[Tensor, "*b
         reflected = tail - tau[..., None, None] * v.unsqueeze(-1) * (v.unsqueeze(-2) @ tail)
         rest = torch.cat([rest[..., :j], torch.cat([rest[..., :j, j:], reflected], -2)], -1)
         x = torch.cat([x[..., :j], _column(n, j, v, -sign).unsqueeze(-1), x[..., j + 1 :]], -1)
-    return x
+    return x.to(q.dtype)
 
 
 def _column(n: int, j: int, v: Tensor, sign: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ References:
     high-dimensional tensor completion, SIAM J. Sci. Comput. 2016.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from math import isfinite, prod
+from numbers import Complex, Real
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -34,12 +35,16 @@ from decompositions.geometry.blocks import (
     PLAIN,
     Block,
     BlockTree,
+    all_but_one,
     along,
+    contract_common,
     flatten,
     leave_one_out,
+    normal_basis,
+    padded,
     unflatten,
 )
-from decompositions.geometry.gauges import Gauges, gauges
+from decompositions.geometry.gauges import Gauges, _given, gauges, gauges_of
 from decompositions.linalg import accumulate_dtype, full_precision
 
 N = TypeVar("N", bound=Network)
@@ -51,14 +56,16 @@ Messages = dict[int, dict[int, Tensor]]
 class Tangent(Generic[N]):
     """A tangent vector: a delta for every core, in the gauge centered there.
 
-    Supports `+`, `-`, and products with numbers; both sides of a sum must share the point.
+    Supports `+`, `-`, products with numbers (or tensors without axes) and quotients by them; both sides of a sum must
+    share the point, and a complex factor needs a complex point.
 
     Args:
         at: the gauges of the point.
         deltas: one a core, of the shape of `at.center`; orthogonal to `at.up` but at the root.
 
     Raises:
-        ValueError: deltas that do not have the shapes of the center cores.
+        TypeError: deltas of another dtype; a factor that is no number, or a complex one on a real point.
+        ValueError: deltas that do not have the shapes of the center cores; a factor with axes; a sum over two points.
 
     Example:
         >>> import torch
@@ -73,17 +80,24 @@ class Tangent(Generic[N]):
     at: Gauges[N]
     deltas: tuple[Tensor, ...]
 
+    __array_ufunc__ = None  # numpy leaves products with its numbers to us, and those with its arrays to nobody
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "deltas", tuple(self.deltas))
         want = [tuple(core.shape) for core in self.at.center]
         got = [tuple(delta.shape) for delta in self.deltas]
         if got != want:
             raise ValueError(f"Tangent: one delta a core, of the center cores' shapes, expected {want}, got {got}")
+        for delta in self.deltas:
+            if delta.dtype != self.at.net.dtype:
+                raise TypeError(f"Tangent: deltas must have the point's dtype {self.at.net.dtype}, got {delta.dtype}")
 
     def _with(self, deltas: Sequence[Tensor]) -> "Tangent[N]":
         return Tangent(self.at, tuple(deltas))
 
     def _matching(self, other: "Tangent[N]") -> Sequence[Tensor]:
+        if not isinstance(other, Tangent):
+            raise TypeError(f"Tangent: expected another tangent vector, got {type(other).__name__}")
         if other.at is not self.at:
             raise ValueError(
                 "Tangent: both tangent vectors must belong to one point (the same Gauges object); "
@@ -91,28 +105,63 @@ class Tangent(Generic[N]):
             )
         return other.deltas
 
+    def _factor(self, factor: object) -> float | complex | Tensor | None:
+        """A factor that every delta can take; None for what is no factor."""
+        made: float | complex | Tensor
+        if isinstance(factor, Tensor):
+            if factor.ndim:
+                raise ValueError(
+                    f"Tangent: a factor must be a number or a tensor without axes, got shape {tuple(factor.shape)}"
+                )
+            made, is_complex = factor, factor.is_complex()
+        elif isinstance(factor, Real):
+            made, is_complex = float(factor), False
+        elif isinstance(factor, Complex):
+            made, is_complex = complex(factor), True
+        else:
+            return None
+        dtype = self.at.net.dtype
+        if is_complex and not dtype.is_complex:
+            raise TypeError(f"Tangent: a complex factor expects a complex point, got {dtype}; see net.to")
+        return made
+
     def __add__(self, other: "Tangent[N]") -> "Tangent[N]":
+        if not isinstance(other, Tangent):
+            return NotImplemented
         return self._with([a + b for a, b in zip(self.deltas, self._matching(other), strict=True)])
 
     def __sub__(self, other: "Tangent[N]") -> "Tangent[N]":
+        if not isinstance(other, Tangent):
+            return NotImplemented
         return self._with([a - b for a, b in zip(self.deltas, self._matching(other), strict=True)])
 
     def __mul__(self, factor: float | complex | Tensor) -> "Tangent[N]":
-        return self._with([delta * factor for delta in self.deltas])
+        number = self._factor(factor)
+        return NotImplemented if number is None else self._with([delta * number for delta in self.deltas])
 
     __rmul__ = __mul__
+
+    def __truediv__(self, factor: float | complex | Tensor) -> "Tangent[N]":
+        number = self._factor(factor)
+        return NotImplemented if number is None else self._with([delta / number for delta in self.deltas])
 
     def __neg__(self) -> "Tangent[N]":
         return self._with([-delta for delta in self.deltas])
 
     def inner(self, other: "Tangent[N]") -> Tensor:
-        """`<self, other> = sum_v <delta_v, eta_v>`, conjugate-linear in the first; O(number of parameters)."""
+        """`<self, other> = sum_v <delta_v, eta_v>`, conjugate-linear in the first; O(number of parameters).
+
+        Half precision is summed in float32.
+        """
+        dtype = accumulate_dtype(self.at.net.dtype)
         pairs = zip(self.deltas, self._matching(other), strict=True)
-        return torch.stack([torch.vdot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).sum()
+        return torch.stack([torch.vdot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)) for a, b in pairs]).sum()
 
     def norm(self) -> Tensor:
-        """Norm of the tangent vector, which is that of its dense tensor."""
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(delta) for delta in self.deltas]))
+        """Norm of the tangent vector, which is that of its dense tensor; of half precision in float32."""
+        dtype = accumulate_dtype(self.at.net.dtype)
+        norms = [torch.linalg.vector_norm(delta.to(dtype)) for delta in self.deltas]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def blocks(self, *, point: bool = False) -> BlockTree:
         """The doubled tree of xi, or of `W + xi`, as the blocks that are not zero: k + 2 at a core with k children."""
@@ -145,16 +194,6 @@ class Tangent(Generic[N]):
 
     def __repr__(self) -> str:
         return f"Tangent(at {self.at.net!r})"
-
-
-def _given(core: Tensor | None) -> Tensor:
-    assert core is not None
-    return core
-
-
-def gauges_of(point: N | Gauges[N]) -> Gauges[N]:
-    """The gauges of a point that is given as a network or by its gauges."""
-    return point if isinstance(point, Gauges) else gauges(point)
 
 
 def dimension(net: Network) -> int:
@@ -197,13 +236,14 @@ def project(point: N | Gauges[N], z: Tensor | Network | BlockTree | Tangent[Any]
     Args:
         point: a tree, or its `gauges`.
         z: a dense tensor of shape `row_modes + col_modes` (or the matrix of both), a network with the same modes, a
-            tangent vector at another point.
+            tangent vector at another point; converted to the dtype of the point.
 
     Returns:
         The tangent vector at the point.
 
     Raises:
-        ValueError: shapes that differ from the point's.
+        TypeError: a z that is none of these.
+        ValueError: shapes that differ from the point's; a complex z at a real point.
 
     Example:
         >>> import torch
@@ -223,11 +263,20 @@ def center_gradients(at: Gauges[N], z: Tensor | Network | BlockTree | Tangent[An
     return _gradients(z, at)
 
 
+def _check_real(dtype: torch.dtype, at: Gauges[Any]) -> None:
+    """A complex z has a part that a real point cannot follow: to drop it is for the caller to say."""
+    if dtype.is_complex and not at.net.dtype.is_complex:
+        raise ValueError(
+            f"project: a complex z needs a complex point, got z of {dtype} and a point of {at.net.dtype}; "
+            f"use point.to({torch.promote_types(at.net.dtype, torch.complex64)}), or the real part of z"
+        )
+
+
 @singledispatch
 def _gradients(z: Any, at: Gauges[Any]) -> list[Tensor]:
     raise TypeError(
         f"project: z must be a dense tensor, a Network or a Tangent, got {type(z).__name__}; "
-        "see riemannian_gradient(loss, net) for a function"
+        "see riemannian_gradient(point, loss) for a function"
     )
 
 
@@ -238,6 +287,7 @@ def _(z: Tensor, at: Gauges[Any]) -> list[Tensor]:
     shape, matrix = net.shape, (prod(net.row_modes), prod(net.col_modes))
     if tuple(z.shape) not in (shape, matrix):
         raise ValueError(f"project: z must have the shape of the point, expected {shape}, got {tuple(z.shape)}")
+    _check_real(z.dtype, at)
     below = at.below
     found: list[Tensor | None] = [None] * len(net.cores)
 
@@ -245,49 +295,19 @@ def _(z: Tensor, at: Gauges[Any]) -> list[Tensor]:
         """Contract the subtree of v away: its outside axes become the one of the bond above it."""
         for edge in below[v]:
             x, labels = compress(x, labels, edge.child)
-        return _dot(x, labels, at.up[v].conj(), net.legs[v])
+        return contract_common(x, labels, at.up[v].conj(), net.legs[v])
 
     def descend(x: Tensor, labels: Labels, v: int) -> None:
         """`x` carries the bond above v (in the basis V) and the outside axes of the subtree of v."""
         children = [edge.child for edge in below[v]]
-        for child, (partial, rest) in _all_but_one(x, labels, children, compress):
+        for child, (partial, rest) in all_but_one(x, labels, children, compress):
             if child is None:
                 found[v] = partial.permute([rest.index(label) for label in net.legs[v]])
             else:
-                descend(*_dot(partial, rest, _given(at.down[child]).conj(), net.legs[v]), child)
+                descend(*contract_common(partial, rest, _given(at.down[child]).conj(), net.legs[v]), child)
 
     descend(z.reshape(shape).to(net.dtype), net.outside, at.root)
     return [_given(core).contiguous() for core in found]
-
-
-def _dot(x: Tensor, labels: Labels, core: Tensor, leg: Labels) -> tuple[Tensor, Labels]:
-    """Contract over the labels that both have."""
-    common = [label for label in leg if label in labels]
-    axes = [labels.index(label) for label in common], [leg.index(label) for label in common]
-    rest = tuple(label for label in labels if label not in common)
-    return torch.tensordot(x, core, dims=axes), rest + tuple(label for label in leg if label not in common)
-
-
-def _all_but_one(
-    x: Tensor, labels: Labels, children: Sequence[int], compress: Callable[..., Any], *, full: bool = True
-) -> Any:
-    """Pairs (child, x with the subtrees of all other children compressed), and where `full` (None, all compressed).
-
-    By halves, so that no subtree is compressed more than log k times.
-    """
-    if len(children) <= 1:
-        for child in children:
-            yield child, (x, labels)
-            x, labels = compress(x, labels, child) if full else (x, labels)
-        if full:
-            yield None, (x, labels)
-        return
-    half = len(children) // 2
-    for keep, absorb, last in ((children[:half], children[half:], full), (children[half:], children[:half], False)):
-        rest = (x, labels)
-        for child in absorb:
-            rest = compress(*rest, child)
-        yield from _all_but_one(*rest, keep, compress, full=last)
 
 
 @_gradients.register
@@ -295,6 +315,8 @@ def _(z: Network, at: Gauges[Any]) -> list[Tensor]:
     net = at.net
     if z.shape != net.shape or len(z.rows) != len(net.rows):
         raise ValueError(f"project: z must have the modes of the point, expected {net!r}, got {z!r}")
+    _check_real(z.dtype, at)
+    z = z.to(net.dtype)
     if z.legs == net.legs and (z.rows, z.cols) == (net.rows, net.cols):
         return _block_gradients(BlockTree.of(z), at)
     # another network: its labels are made distinct from ours, but for the outside ones
@@ -313,16 +335,18 @@ def _(z: Network, at: Gauges[Any]) -> list[Tensor]:
 
 @_gradients.register
 def _(z: BlockTree, at: Gauges[Any]) -> list[Tensor]:
-    if z.legs != at.net.legs:
-        raise ValueError(f"project: z must be a sum of trees like the point's, expected legs {at.net.legs}")
-    return _block_gradients(z, at)
+    net = at.net
+    sizes = {label: net.sizes[label] for label in net.outside}
+    if (z.legs, z.rows, z.cols, z.sizes) != (net.legs, net.rows, net.cols, sizes):
+        # equal legs do not say which of their labels are rows, nor how large they are
+        return _gradients(Network(tuple(z.to_cores()), z.legs, z.rows, z.cols), at)
+    _check_real(z.blocks[0][0].core.dtype, at)
+    return _block_gradients(z.to(net.dtype), at)
 
 
 @_gradients.register
 def _(z: Tangent, at: Gauges[Any]) -> list[Tensor]:
-    if z.at.net.legs == at.net.legs:
-        return _block_gradients(z.blocks(), at)
-    return _gradients(z.to_network(), at)
+    return _gradients(z.blocks(), at)
 
 
 def _block_gradients(z: BlockTree, at: Gauges[Any]) -> list[Tensor]:
@@ -379,11 +403,12 @@ def retract(
 
     Args:
         xi: the tangent vector.
-        step: its factor.
+        step: its factor, a real number.
         rank: see `round`; by default the ranks of the point where there is no tolerance.
         tol: relative Frobenius error of the rounding.
 
     Raises:
+        TypeError: a step that is not a real number.
         ValueError: a step that is not finite; what `round` refuses.
 
     Example:
@@ -394,6 +419,11 @@ def retract(
         >>> retract(project(net, torch.randn(6, 5)), -0.1).ranks
         (2, 2)
     """
+    if not isinstance(xi, Tangent):
+        raise TypeError(f"retract: xi must be a Tangent, got {type(xi).__name__}; project(point, z) makes one")
+    scalar = step.ndim == 0 and not step.is_complex() if isinstance(step, Tensor) else isinstance(step, Real)
+    if not scalar:
+        raise TypeError(f"retract: step must be a real number, got {step!r}")
     if not isfinite(step):
         raise ValueError(f"retract: step must be finite, got {step}")
     if rank is None and tol is None:
@@ -427,7 +457,7 @@ def extend(xi: Tangent[N]) -> N:
         wide = list(delta.shape)
         for edge in below[v]:
             wide[at.axis(v, edge.bond)] += turn[edge.child].shape[0]
-        moved = _padded(delta, wide)
+        moved = padded(delta, wide)
         for edge in below[v]:
             axis = at.axis(v, edge.bond)
             if turn[edge.child].shape[0]:
@@ -441,42 +471,12 @@ def extend(xi: Tangent[N]) -> N:
             continue
         axis = at.axis(v, above[v].bond)
         wide[axis] = plain.shape[axis]
-        basis, rest = flatten(_padded(plain, wide), axis), flatten(moved, axis)
+        basis, rest = flatten(padded(plain, wide), axis), flatten(moved, axis)
         q = normal_basis(basis, rest)
         turn[v] = q.mH @ rest
         wide[axis] += q.shape[1]
         new[v] = unflatten(torch.cat([basis, q], 1), wide, axis)
     return at.net._unchecked([new[v] for v in range(len(new))], at.net.legs, at.net.rows, at.net.cols)
-
-
-def _padded(core: Tensor, shape: Sequence[int]) -> Tensor:
-    """A copy with zeros behind along every axis."""
-    made = core.new_zeros(tuple(shape))
-    place = made
-    for axis, size in enumerate(core.shape):
-        place = place.narrow(axis, 0, size)
-    place.copy_(core)
-    return made
-
-
-def normal_basis(basis: Tensor, rest: Tensor) -> Tensor:
-    """Orthonormal columns, normal to those of `basis` (n, r), that span `rest`, which is normal to them already.
-
-    As many as `rest` has columns, or n - r. Where `rest` has no full rank, QR completes its columns by any, which must
-    be normal to `basis` too: then both are factored together.
-    """
-    n, r = basis.shape
-    count = min(rest.shape[1], n - r)
-    if count == 0:
-        return basis.new_zeros(n, 0)
-    half = basis.dtype
-    basis, rest = basis.to(accumulate_dtype(half)), rest.to(accumulate_dtype(half))
-    if count == rest.shape[1]:
-        q = torch.linalg.qr(rest).Q
-        overlap = basis.mH @ q
-        if float(torch.linalg.vector_norm(overlap)) < torch.finfo(q.dtype).eps ** 0.5:
-            return (q - basis @ overlap).to(half)
-    return torch.linalg.qr(torch.cat([basis, rest], 1)).Q[:, r : r + count].to(half)
 
 
 def transport(point: N | Gauges[N], xi: Tangent[N]) -> Tangent[N]:

@@ -244,7 +244,7 @@ class RankAdaptive(Optimizer):
         """The weight at the end of a window, as a tree centered at the root (True) or anyhow (False)."""
         window, layer = track.window, track.layer
         if window.core is not None:
-            return layer.network.detach(), False
+            return layer._contracted.detach(), False
         # what rounding left of the deltas along U, extend drops
         return extend(Tangent(window.at, tuple(probe.detach() for probe in layer.probes))), True
 
