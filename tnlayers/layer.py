@@ -16,10 +16,10 @@ from decompositions.formats.plan import HEAVY, Plan, Step, bucket, plan_dense, r
 from decompositions.formats.workspace import Workspace
 from decompositions.linalg import spectral_bound
 from tnlayers.dense import NetworkFactory, Recipe, run_recipe
-from tnlayers.frozen import Freezable, release
+from tnlayers.frozen import release
 from tnlayers.init import RandomNetwork
 from tnlayers.rank_change import announce, remember_copy, resize_, watch
-from tnlayers.window import Probes, Window
+from tnlayers.window import Movable
 
 probed: dict[tuple[Any, ...], Any] = {}
 """Plans that were measured to be the fastest, by layer kind, settings, shapes and machine."""
@@ -46,7 +46,7 @@ class Shapes(NamedTuple):
     output: tuple[int, ...]
 
 
-class NetworkLayer(Freezable):
+class NetworkLayer(Movable):
     """A layer whose weight is a network.
 
     Subclasses say what the weight's shape is and what to do with x. `state_dict` holds the cores (`cores.0`, ...) and
@@ -65,8 +65,6 @@ class NetworkLayer(Freezable):
     _dense_steps: tuple[Step, ...]
     _pinned = False  # whether changes of ranks leave the stored plan as it is
     _memory = "keep"
-    _window: Window | None = None
-    probes: Probes
 
     def _start(
         self,
@@ -208,59 +206,6 @@ class NetworkLayer(Freezable):
             resize_(parameter, core)
         self._replan()
         announce(self, list(self.cores), resized=resized)
-
-    def open_window(self, window: Window, probes: Probes | None = None) -> None:
-        """Contract the affine weight of a window instead of the cores, until `close_window` (or another weight).
-
-        For optimizers. The cores become those of the window's point; `probes` (of a tied layer) are shared, else the
-        layer's own are zeroed and resized, the same Parameter objects from window to window.
-        """
-        release(self)
-        for parameter, core in zip(self.cores, window.at.net.cores, strict=True):
-            if parameter.data_ptr() != core.data_ptr() or parameter.shape != core.shape:
-                parameter.grad = None
-                with torch.no_grad():
-                    parameter.set_(core)
-        if probes is not None:
-            self.probes = probes
-        elif "probes" not in self._modules:
-            self.probes = Probes([nn.Parameter(core.new_zeros(core.shape)) for core in window.at.net.cores])
-        if probes is None:
-            moving = range(len(self.cores)) if window.core is None else (window.core,)
-            for k, parameter in enumerate(self.probes):
-                shape = window.at.center[k].shape if k in moving else (0,)
-                if parameter.shape == shape:
-                    parameter.grad = None
-                    with torch.no_grad():
-                        parameter.zero_()
-                else:
-                    resize_(parameter, window.at.center[k].new_zeros(shape))
-        resized = self._window is None or self._window.at.net.ranks != window.at.net.ranks
-        resized = resized or self._window is None or self._window.core != window.core
-        ranks = None if self._window is None else self._window.at.net.ranks
-        self._window = window
-        if resized or not window.fresh:
-            self._replan()
-        if ranks is not None and ranks != window.at.net.ranks:
-            announce(self, list(self.cores), resized=True)
-
-    def close_window(self) -> None:
-        """Back to the cores; what the probes had changed is dropped (an optimizer calls set_network with it)."""
-        if self._window is not None:
-            self._window = None
-            del self.probes
-
-    def window_moved(self) -> None:
-        """The probes are no longer zero."""
-        if self._window is not None and self._window.fresh:
-            self._window.fresh = False
-            if self._window.core is None:
-                self._replan()
-
-    def _active_probes(self) -> list[Tensor]:
-        """The probes of the cores that move."""
-        core = None if self._window is None else self._window.core
-        return list(self.probes) if core is None else [self.probes[core]]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the cores anew at the present ranks; the dense weight gets the standard deviation of torch's layer.

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from decompositions import Network, to_dense
 from decompositions.geometry import Chain, Gauges, Tangent, center_gradients, longest_path
+from tnlayers.frozen import Freezable, release
+from tnlayers.rank_change import announce, resize_
 
 
 class Probes(nn.ParameterList):
@@ -122,3 +124,67 @@ class _Multiply(torch.autograd.Function):
         kept = list(zip(ctx.saved_tensors, ctx.labels, strict=True))
         gx, found = ctx.chain.backward(kept, gradient)
         return (None, gx, *found)
+
+
+class Movable(Freezable):
+    """What every layer has to be moved by an optimizer: the window, and the Parameters of the change."""
+
+    probes: Probes
+    _window: Window | None = None
+
+    def _replan(self) -> None:
+        """Make the plans for the present sizes."""
+        raise TypeError("Movable._replan: expected a layer, got the base")
+
+    def open_window(self, window: Window, probes: Probes | None = None) -> None:
+        """Contract the affine weight of a window instead of the cores, until `close_window` (or another weight).
+
+        For optimizers. The cores become those of the window's point; `probes` (of a tied layer) are shared, else the
+        layer's own are zeroed and resized, the same Parameter objects from window to window.
+        """
+        release(self)
+        for parameter, core in zip(self.cores, window.at.net.cores, strict=True):
+            if parameter.data_ptr() != core.data_ptr() or parameter.shape != core.shape:
+                parameter.grad = None
+                with torch.no_grad():
+                    parameter.set_(core)
+        if probes is not None:
+            self.probes = probes
+        elif "probes" not in self._modules:
+            self.probes = Probes([nn.Parameter(core.new_zeros(core.shape)) for core in window.at.net.cores])
+        if probes is None:
+            moving = range(len(self.cores)) if window.core is None else (window.core,)
+            for k, parameter in enumerate(self.probes):
+                shape = window.at.center[k].shape if k in moving else (0,)
+                if parameter.shape == shape:
+                    parameter.grad = None
+                    with torch.no_grad():
+                        parameter.zero_()
+                else:
+                    resize_(parameter, window.at.center[k].new_zeros(shape))
+        resized = self._window is None or self._window.at.net.ranks != window.at.net.ranks
+        resized = resized or self._window is None or self._window.core != window.core
+        ranks = None if self._window is None else self._window.at.net.ranks
+        self._window = window
+        if resized or not window.fresh:
+            self._replan()
+        if ranks is not None and ranks != window.at.net.ranks:
+            announce(self, list(self.cores), resized=True)
+
+    def close_window(self) -> None:
+        """Back to the cores; what the probes had changed is dropped (an optimizer calls set_network with it)."""
+        if self._window is not None:
+            self._window = None
+            del self.probes
+
+    def window_moved(self) -> None:
+        """The probes are no longer zero."""
+        if self._window is not None and self._window.fresh:
+            self._window.fresh = False
+            if self._window.core is None:
+                self._replan()
+
+    def _active_probes(self) -> list[Tensor]:
+        """The probes of the cores that move."""
+        core = None if self._window is None else self._window.core
+        return list(self.probes) if core is None else [self.probes[core]]

@@ -9,11 +9,11 @@ The reserve has orthonormal bases at singular value zero: the gradient that the 
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite, prod, sqrt
-from typing import Any, TypeVar
+from math import prod, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,14 @@ from decompositions import Network
 from decompositions.formats.gauge import cut_by, orthogonalize
 from decompositions.geometry import Tangent, center_gradients, gauges
 from decompositions.geometry.tangent import extend, gauge_fix
-from decompositions.linalg import TruncationWarning
 from tnlayers.integrators.integrate import default_root
 from tnlayers.layer import NetworkLayer
 from tnlayers.optim.growth import widen_bonds
+from tnlayers.optim.models import centers, sizes_of, trees
+from tnlayers.optim.options import check_options
 from tnlayers.optim.ranks import Ranks, within_budget
 from tnlayers.window import Window
 
-M = TypeVar("M", bound=nn.Module)
 Inner = Callable[[Iterable[Tensor]], Optimizer]
 
 PATIENCE = 20
@@ -156,7 +156,7 @@ class RankAdaptive(Optimizer):
                 f"RankAdaptive: expected the model (its layers are found), got {type(model).__name__}; "
                 "RankAdaptive(model, lr=...), not model.parameters()"
             )
-        _check_options(lr, tol, theta, reserve, settle, min_rank, max_rank, budget, every, betas, weight_decay)
+        check_options(lr, tol, theta, reserve, settle, min_rank, max_rank, budget, every, betas, weight_decay)
         if method != "parallel":
             raise ValueError(f"RankAdaptive: method must be 'parallel', got {method!r}")
         if window not in ("tangent", "center"):
@@ -171,7 +171,7 @@ class RankAdaptive(Optimizer):
         self._warned: set[str] = set()
         self._tracks = [
             self._track(names, layers, Ranks(tol, theta, reserve, min_rank, max_rank))
-            for names, layers in _trees(model).values()
+            for names, layers in trees(model).values()
         ]
         if not self._tracks:
             raise ValueError(
@@ -220,15 +220,14 @@ class RankAdaptive(Optimizer):
         at = gauges(net, track.root, gauged=(gauged or first) and len(self.history) % RENEW != 0)
         core = None
         if self.window == "center":
-            turns = _centers(net)
+            turns = centers(net)
             core = turns[track.turn % len(turns)]
             track.turn += 1
         if old is not None and core is None and old.core is None and track.moment:
             seen = center_gradients(at, Tangent(old.at, tuple(track.moment)))  # its transport
             track.moment = list(gauge_fix(at, seen, twice=False).deltas)
         else:
-            centers = at.center if core is None else (at.center[core],)
-            track.moment = [torch.zeros_like(center) for center in centers]
+            track.moment = [torch.zeros_like(center) for center in (at.center if core is None else (at.center[core],))]
             track.counts = [0] * len(track.counts) if core is not None or first else track.counts
         window = Window(at, core, track.ranks.found)
         track.layer.open_window(window)
@@ -282,7 +281,7 @@ class RankAdaptive(Optimizer):
                 continue
             track.ranks.found = found
             sizes = found if settling else track.ranks.wanted(net)
-            made.append((cut_by(net, _to(sizes), center=track.root, gauged=True)[0], True))
+            made.append((cut_by(net, sizes_of(sizes), center=track.root, gauged=True)[0], True))
         return made
 
     def _watch_growth(self, track: _Track, made: Network, before: dict[str, int]) -> None:
@@ -474,101 +473,3 @@ class RankAdaptive(Optimizer):
             track.moment, track.second = own(state["moment"]), [v.to(like.device) for v in state["second"]]
             track.counts, track.turn, track.cut_again = list(state["counts"]), state["turn"], state["cut_again"]
         self._group_probes()
-
-
-def _trees(model: nn.Module) -> dict[int, tuple[list[str], list[NetworkLayer]]]:
-    """Layers by the network they share: names and layers, in the order of the model."""
-    found: dict[int, tuple[list[str], list[NetworkLayer]]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, NetworkLayer) or not all(core.requires_grad for core in module.cores):
-            continue
-        module.close_window()
-        net = module.network
-        if not net.is_tree or not net.bonds:
-            continue
-        names, layers = found.setdefault(id(module.cores[0]), ([], []))
-        names.append(name)
-        layers.append(module)
-    return found
-
-
-def _to(sizes: Mapping[str, int]) -> Callable[[str, Tensor, float], int]:
-    return lambda bond, squares, norm: sizes[bond]
-
-
-def _centers(net: Network) -> list[int]:
-    """Cores that move in turn: not those that are a matrix between two bonds, which their neighbours contain."""
-    outside = set(net.outside)
-    wanted = [k for k, leg in enumerate(net.legs) if outside & set(leg) or len(leg) > 2]
-    return wanted or [0]
-
-
-def compact(model: M) -> M:
-    """A copy of a model in training with every network rounded to the ranks that its optimizer reports.
-
-    What to evaluate, save and ship: without the directions in reserve, and without probes. A model that is not in
-    training is copied as it is.
-
-    Example:
-        >>> import tnlayers
-        >>> from decompositions import LowRank
-        >>> layer = tnlayers.Linear(8, 6, network=tnlayers.random_network(LowRank, rank=2))
-        >>> _ = tnlayers.RankAdaptive(layer, lr=0.01, tol=0.1)
-        >>> layer.network.ranks != tnlayers.compact(layer).network.ranks
-        True
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncationWarning)
-        made = copy.deepcopy(model)
-    done: dict[int, Network] = {}
-    for module in made.modules():
-        if isinstance(module, NetworkLayer) and module._window is not None:
-            window, key = module._window, id(module.cores[0])
-            if key not in done:
-                with torch.no_grad():
-                    net = module.network.detach()
-                done[key] = cut_by(net, _to(window.ranks))[0]
-            module.close_window()
-            module.set_network(done[key])
-    return made
-
-
-def _check_options(
-    lr: float,
-    tol: float | None,
-    theta: float | None,
-    reserve: int,
-    settle: int | None,
-    min_rank: int,
-    max_rank: int | None,
-    budget: int | None,
-    every: int,
-    betas: tuple[float, float | None],
-    weight_decay: float,
-) -> None:
-    def number(value: Any, least: float) -> bool:
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
-        return plain and isfinite(value) and value >= least
-
-    def integer(value: Any, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    rules: list[tuple[str, Any, bool, str]] = [
-        ("lr", lr, number(lr, 0.0), "a number >= 0"),
-        ("tol", tol, tol is None or (number(tol, 0.0) and tol < 1), "a number in [0, 1), or None"),
-        ("theta", theta, theta is None or number(theta, 0.0), "a number >= 0, or None"),
-        ("reserve", reserve, integer(reserve, 0), "an int >= 0"),
-        ("settle", settle, settle is None or integer(settle, 1), "an int >= 1 (a step), or None"),
-        ("min_rank", min_rank, integer(min_rank, 1), "an int >= 1"),
-        ("max_rank", max_rank, max_rank is None or integer(max_rank, min_rank), "an int >= min_rank, or None"),
-        ("budget", budget, budget is None or integer(budget, 1), "a number of parameters >= 1, or None"),
-        ("every", every, integer(every, 1), "an int >= 1"),
-        ("weight_decay", weight_decay, number(weight_decay, 0.0), "a number >= 0"),
-    ]
-    pair = isinstance(betas, tuple | list) and len(betas) == 2
-    decays = pair and number(betas[0], 0.0) and betas[0] < 1
-    decays = decays and (betas[1] is None or (number(betas[1], 0.0) and betas[1] < 1))
-    rules.append(("betas", betas, decays, "two numbers in [0, 1), the second may be None"))
-    for name, value, right, expected in rules:
-        if not right:
-            raise ValueError(f"RankAdaptive: {name} must be {expected}, got {value!r}")

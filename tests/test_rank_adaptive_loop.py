@@ -1,0 +1,286 @@
+"""Rank-adaptive training in an ordinary loop: resuming, clipping, scaling, ties, copies, budgets, refusals."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tnlayers
+from decompositions import LowRank, TTMatrix
+from decompositions import round as cut
+from tnlayers import RankAdaptive, RankChangeWarning, compact
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def network(format, **options):
+    return tnlayers.random_network(format, **options)
+
+
+def small_model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        tnlayers.Linear(16, 24, network=network(LowRank, rank=4)),
+        nn.ReLU(),
+        nn.LayerNorm(24),
+        tnlayers.Linear(24, 12, network=network(TTMatrix, rank=3, row_modes=(4, 3), col_modes=(6, 4))),
+        nn.ReLU(),
+        nn.Linear(12, 5),
+    )
+
+
+def batch(seed: int, count: int = 32) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 16, generator=generator(seed)), torch.randint(
+        0, 5, (count,), generator=generator(seed + 1)
+    )
+
+
+def loop(model: nn.Module, optimizer: RankAdaptive, steps: range) -> None:
+    for k in steps:
+        x, y = batch(k)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"every": 4}, {"every": 4, "window": "center"}, {"budget": 500}, {"every": 3, "settle": 5}]
+)
+@pytest.mark.parametrize("stop", [6, 7])
+def test_a_resumed_run_agrees_bit_for_bit(options, stop, tmp_path):
+    first = small_model()
+    optimizer = RankAdaptive(first, 0.01, tol=0.1, **options)
+    loop(first, optimizer, range(stop))
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    loop(first, optimizer, range(stop, 14))
+
+    second = small_model(seed=5)
+    again = RankAdaptive(second, 0.5, tol=0.1, **options)
+    saved = torch.load(tmp_path / "x.pt")
+    second.load_state_dict(saved["model"])
+    again.load_state_dict(saved["optimizer"])
+    loop(second, again, range(stop, 14))
+    assert again.ranks() == optimizer.ranks()
+    assert again.history == optimizer.history
+    for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_state_dict_is_the_weight_of_the_moment():
+    """Also in the middle of a window, at doubled ranks; it loads into a plain model."""
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.1, every=5)
+    loop(model, optimizer, range(7))
+    plain = small_model(seed=3)
+    plain.load_state_dict(model.state_dict())
+    x, _ = batch(99)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not any("probe" in key for key in model.state_dict())
+
+
+def test_clipping_accumulation_scaling_and_schedulers_see_one_optimizer():
+    def run(change) -> Tensor:
+        model = small_model()
+        optimizer = RankAdaptive(model, 0.01, tol=0.1, betas=(0.9, None))
+        change(model, optimizer)
+        return model(batch(99)[0]).detach()
+
+    def plain(model, optimizer):
+        loop(model, optimizer, range(5))
+
+    def accumulated(model, optimizer):
+        for k in range(5):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            for part in (slice(0, 16), slice(16, 32)):
+                (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
+            optimizer.step()
+
+    def scaled(model, optimizer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for k in range(5):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+
+    want = run(plain)
+    for change in (accumulated, scaled):
+        torch.testing.assert_close(run(change), want, rtol=1e-4, atol=1e-4)
+
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.1)
+    x, y = batch(0)
+    (1000 * F.cross_entropy(model(x), y)).backward()
+    before = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert float(before) > 1
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    assert abs(float(torch.stack([g.norm() for g in grads]).norm()) - 1) < 1e-3
+    assert all(core.grad is None for layer in model if isinstance(layer, tnlayers.NetworkLayer) for core in layer.cores)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005] * len(optimizer.param_groups)
+    assert optimizer.inner is not None
+    assert optimizer.inner.param_groups[0]["lr"] == 0.005
+
+
+def test_an_overflow_skips_the_step():
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    x, y = batch(0)
+    before = model(x).detach()
+    scaler.scale(F.cross_entropy(model(x), y) * 1e30).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(model(x), before)
+
+
+def test_autocast_trains_in_low_precision_with_bases_in_single():
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.1)
+    losses = []
+    for k in range(20):
+        x, y = batch(k % 2)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(core.dtype == torch.float32 for core in model[0].cores)
+
+
+def test_bases_stay_orthonormal_in_single_precision():
+    torch.manual_seed(0)
+    layer = tnlayers.Linear(24, 20, network=network(LowRank, rank=3))
+    optimizer = RankAdaptive(layer, 1e-2, tol=0.05)
+    x, w = torch.randn(64, 24), torch.randn(20, 24) / 5
+    for k in range(10_000):
+        optimizer.zero_grad()
+        target = x @ (w + 0.3 * math.sin(k / 50) * w.flip(0)).T
+        (layer(x) - target).square().mean().backward()
+        optimizer.step()
+    at = layer._window.at
+    for k in (0, 2):
+        u = at.up[k]
+        assert float((u.T @ u - torch.eye(u.shape[1])).abs().max()) < 1e-5
+
+
+def test_a_layer_without_gradient_stays_and_frozen_ones_are_left_alone():
+    model = nn.ModuleDict({"used": small_model()[0], "idle": small_model()[0], "frozen": small_model()[0]})
+    for core in model["frozen"].cores:
+        core.requires_grad_(False)
+    optimizer = RankAdaptive(model, 0.01, tol=0.1, weight_decay=0.1)
+    assert sorted(optimizer.ranks()) == ["idle", "used"]
+    idle, frozen = model["idle"].weight.detach(), model["frozen"].weight.detach()
+    model["used"](batch(0)[0]).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model["idle"].weight, idle, rtol=1e-6, atol=1e-6)
+    assert torch.equal(model["frozen"].weight, frozen)
+
+
+def test_tied_layers_share_their_window():
+    model = small_model()
+    twin = tnlayers.Linear(16, 24, network=network(LowRank, rank=4))
+    twin.cores = model[0].cores
+    both = nn.ModuleList([model[0], twin])
+    optimizer = RankAdaptive(both, 0.01, tol=0.05, betas=(0.0, None))
+    x, _ = batch(0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (both[0](x) + both[1](2 * x)).square().sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(both[0].weight, both[1].weight)
+    assert optimizer.ranks()["0"] == optimizer.ranks()["1"]
+    small = compact(both)
+    torch.testing.assert_close(small[0].weight, small[1].weight)
+    assert small[0].cores[0] is small[1].cores[0]
+
+
+def test_batch_norm_sees_one_forward_and_dropout_one_mask():
+    model = nn.Sequential(small_model()[0], nn.BatchNorm1d(24), nn.Dropout(0.5), nn.Linear(24, 5))
+    optimizer = RankAdaptive(model, 0.01, tol=0.1)
+    loop(model, optimizer, range(4))
+    assert int(model[1].num_batches_tracked) == 4
+
+
+def test_compact_is_what_the_optimizer_reports():
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.2, every=3)
+    loop(model, optimizer, range(8))
+    small = compact(model)
+    assert {name: small.get_submodule(name).network.ranks for name in optimizer.ranks()} == optimizer.ranks()
+    assert not any("probes" in name for name, _ in small.named_parameters())
+    for name in optimizer.ranks():
+        a, b = model.get_submodule(name).weight.detach(), small.get_submodule(name).weight.detach()
+        assert float((a - b).norm()) <= 0.4 * float(a.norm())
+    loop(model, optimizer, range(8, 12))  # the training goes on
+
+
+def test_budget_holds_over_all_layers():
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.02, tol=0.0, budget=400)
+    loop(model, optimizer, range(10))
+    small = compact(model)
+    assert sum(m.numel() for m in small.modules() if isinstance(m, tnlayers.NetworkLayer)) <= 400
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.02, budget=20)
+    with pytest.raises(ValueError, match="budget must hold the networks at their least ranks"):
+        loop(model, optimizer, range(1))
+
+
+def test_copies_are_pointed_out_and_a_replaced_weight_is_taken():
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.3)
+    average = copy.deepcopy(model)
+    with pytest.warns(RankChangeWarning, match="averaged model"):
+        loop(model, optimizer, range(30))
+    model[0].set_network(cut(model[0].network.detach(), rank=2))
+    loop(model, optimizer, range(30, 33))
+    assert average(batch(0)[0]).shape == (32, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lr": -1.0}, "lr must be a number"),
+        ({"tol": 1.5}, "tol must be a number in"),
+        ({"tol": "a"}, "tol must be"),
+        ({"theta": -1.0}, "theta must be"),
+        ({"reserve": -1}, "reserve must be an int"),
+        ({"reserve": 1.5}, "reserve must be an int"),
+        ({"settle": 0}, "settle must be an int"),
+        ({"min_rank": 0}, "min_rank must be"),
+        ({"min_rank": 4, "max_rank": 2}, "max_rank must be an int >= min_rank"),
+        ({"budget": 0}, "budget must be"),
+        ({"every": 0}, "every must be"),
+        ({"every": True}, "every must be"),
+        ({"window": "wide"}, "window must be"),
+        ({"method": "magic"}, "method must be"),
+        ({"betas": (1.0, 0.9)}, "betas must be"),
+        ({"betas": 0.9}, "betas must be"),
+        ({"weight_decay": float("nan")}, "weight_decay must be"),
+    ],
+)
+def test_options_are_checked(options, text):
+    with pytest.raises(ValueError, match=text):
+        RankAdaptive(small_model(), **{"lr": 0.1, **options})
+
+
+def test_models_that_cannot_be_served_are_refused():
+    with pytest.raises(TypeError, match="expected the model"):
+        RankAdaptive(small_model().parameters(), 0.1)
+    with pytest.raises(ValueError, match="must have a layer whose weight is a tree network"):
+        RankAdaptive(nn.Linear(3, 3), 0.1)
+    with pytest.raises(ValueError, match="must be of this model"):
+        RankAdaptive(small_model(), 0.1).load_state_dict(RankAdaptive(small_model()[0], 0.1).state_dict())
