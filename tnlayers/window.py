@@ -39,15 +39,14 @@ class Window:
     """
 
     def __init__(self, at: Gauges[Any], core: int | None = None, ranks: dict[str, int] | None = None) -> None:
-        self.at, self.core = at, core
+        self.at, self.core, self.point = at, core, at.net
         self.ranks = dict(zip(at.net.bonds, at.net.ranks, strict=True)) if ranks is None else ranks
         self.fresh = True  # whether all probes are known to be zero
         self._chain: Chain[Any] | None = None
 
-    @property
-    def centers(self) -> tuple[Tensor, ...]:
-        """Center cores of those that move: what the probes change."""
-        return self.at.center if self.core is None else (self.at.center[self.core],)
+    def shape(self, core: int) -> tuple[int, ...]:
+        """Shape of the probe of a core."""
+        return tuple(self.at.center[core].shape)
 
     def cores(self, probes: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Cores of a network with the current weight, differentiable with respect to the probes."""
@@ -59,11 +58,6 @@ class Window:
         if self.fresh and not torch.is_grad_enabled():
             return at.net.cores
         return tuple(Tangent(at, tuple(probes)).blocks(point=True).to_cores())
-
-    def network(self, probes: Sequence[Tensor]) -> Network:
-        """The current weight; between steps at doubled ranks where all cores move."""
-        net = self.at.net
-        return net._unchecked(self.cores(probes), net.legs, net.rows, net.cols)
 
     def dense(self, probes: Sequence[Tensor]) -> Tensor | None:
         """The dense weight at the point itself, whose gradient G becomes that of every center; None once it has moved.
@@ -93,6 +87,21 @@ def chain_path(at: Gauges[Any]) -> tuple[int, ...]:
         path = (at.root,)
     cols = set(net.cols)
     return path if cols & set(net.legs[path[0]]) else path[::-1]
+
+
+class CoreWindow(Window):
+    """One core of a network moves, the others are as they are: what a scheme asks the gradient of."""
+
+    def __init__(self, point: Network, core: int, ranks: dict[str, int]) -> None:
+        self.point, self.core, self.ranks, self.fresh, self._chain = point, core, ranks, True, None
+
+    def shape(self, core: int) -> tuple[int, ...]:
+        """Shape of the probe of a core."""
+        return tuple(self.point.cores[core].shape)
+
+    def cores(self, probes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """See `Window`."""
+        return tuple(core + probes[0] if k == self.core else core for k, core in enumerate(self.point.cores))
 
 
 class _Dense(torch.autograd.Function):
@@ -143,7 +152,7 @@ class Movable(Freezable):
         layer's own are zeroed and resized, the same Parameter objects from window to window.
         """
         release(self)
-        for parameter, core in zip(self.cores, window.at.net.cores, strict=True):
+        for parameter, core in zip(self.cores, window.point.cores, strict=True):
             if parameter.data_ptr() != core.data_ptr() or parameter.shape != core.shape:
                 parameter.grad = None
                 with torch.no_grad():
@@ -151,24 +160,24 @@ class Movable(Freezable):
         if probes is not None:
             self.probes = probes
         elif "probes" not in self._modules:
-            self.probes = Probes([nn.Parameter(core.new_zeros(core.shape)) for core in window.at.net.cores])
+            self.probes = Probes([nn.Parameter(core.new_zeros(core.shape)) for core in window.point.cores])
         if probes is None:
             moving = range(len(self.cores)) if window.core is None else (window.core,)
             for k, parameter in enumerate(self.probes):
-                shape = window.at.center[k].shape if k in moving else (0,)
+                shape = window.shape(k) if k in moving else (0,)
                 if parameter.shape == shape:
                     parameter.grad = None
                     with torch.no_grad():
                         parameter.zero_()
                 else:
-                    resize_(parameter, window.at.center[k].new_zeros(shape))
-        resized = self._window is None or self._window.at.net.ranks != window.at.net.ranks
+                    resize_(parameter, window.point.cores[k].new_zeros(shape))
+        resized = self._window is None or self._window.point.ranks != window.point.ranks
         resized = resized or self._window is None or self._window.core != window.core
-        ranks = None if self._window is None else self._window.at.net.ranks
+        ranks = None if self._window is None else self._window.point.ranks
         self._window = window
         if resized or not window.fresh:
             self._replan()
-        if ranks is not None and ranks != window.at.net.ranks:
+        if ranks is not None and ranks != window.point.ranks:
             announce(self, list(self.cores), resized=True)
 
     def close_window(self) -> None:
@@ -176,6 +185,22 @@ class Movable(Freezable):
         if self._window is not None:
             self._window = None
             del self.probes
+
+    def fold_window(self) -> None:
+        """Close the window, its change taken into the cores (at doubled ranks where all of them moved)."""
+        if self._window is None:
+            return
+        moved = not self._window.fresh
+        with torch.no_grad():
+            cores = [core.detach() for core in self._contracted.cores] if moved else []
+        self.close_window()
+        for parameter, core in zip(self.cores, cores, strict=False):
+            resize_(parameter, core)
+
+    @property
+    def _contracted(self) -> Network:
+        """The network that forward contracts."""
+        raise TypeError("Movable._contracted: expected a layer, got the base")
 
     def window_moved(self) -> None:
         """The probes are no longer zero."""

@@ -9,8 +9,7 @@ The reserve has orthonormal bases at singular value zero: the gradient that the 
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import prod, sqrt
 from typing import Any
@@ -19,17 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from decompositions import Network
+from decompositions import Network, scale
 from decompositions.formats.gauge import cut_by, orthogonalize
 from decompositions.geometry import Tangent, center_gradients, gauges
 from decompositions.geometry.tangent import extend, gauge_fix
 from tnlayers.integrators.integrate import default_root
+from tnlayers.integrators.schemes import FIXED, SCHEMES
+from tnlayers.integrators.steps import Truncate
 from tnlayers.layer import NetworkLayer
 from tnlayers.optim.growth import widen_bonds
 from tnlayers.optim.models import centers, sizes_of, trees
 from tnlayers.optim.options import check_options
 from tnlayers.optim.ranks import Ranks, within_budget
-from tnlayers.window import Window
+from tnlayers.optim.together import Request, step_together
+from tnlayers.optim.track import Track
+from tnlayers.window import CoreWindow, Window
 
 Inner = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -43,32 +46,6 @@ RENEW = 50
 
 class RankLimitWarning(UserWarning):
     """Ranks cannot grow, and the message says why and what to do."""
-
-
-@dataclass
-class _Track:
-    """A network in training: the layers that share it, and the state of its step."""
-
-    names: list[str]
-    layers: list[NetworkLayer]
-    root: int
-    ranks: Ranks
-    numel: int
-    moment: list[Tensor]
-    second: list[Tensor]
-    counts: list[int]
-    turn: int = 0
-    cut_again: int = 0
-
-    @property
-    def layer(self) -> NetworkLayer:
-        return self.layers[0]
-
-    @property
-    def window(self) -> Window:
-        window = self.layer._window
-        assert window is not None
-        return window
 
 
 class RankAdaptive(Optimizer):
@@ -157,12 +134,25 @@ class RankAdaptive(Optimizer):
                 "RankAdaptive(model, lr=...), not model.parameters()"
             )
         check_options(lr, tol, theta, reserve, settle, min_rank, max_rank, budget, every, betas, weight_decay)
-        if method != "parallel":
-            raise ValueError(f"RankAdaptive: method must be 'parallel', got {method!r}")
+        if method not in SCHEMES:
+            raise ValueError(f"RankAdaptive: method must be one of {tuple(SCHEMES)}, got {method!r}")
+        self._by_closure = method != "parallel"
+        if self._by_closure and (every != 1 or budget is not None or window != "tangent"):
+            raise ValueError(
+                f"RankAdaptive: method={method!r} has no windows and no budget, expected every=1, budget=None and "
+                "window='tangent'; the default method has"
+            )
+        if method in FIXED and (tol is not None or theta is not None or max_rank is not None):
+            raise ValueError(
+                f"RankAdaptive: method={method!r} keeps the ranks, expected no tol, theta or max_rank; "
+                "method='augmented' adapts them"
+            )
         if window not in ("tangent", "center"):
             raise ValueError(f"RankAdaptive: window must be 'tangent' or 'center', got {window!r}")
-        if tol is None and theta is None and budget is None:
+        if tol is None and theta is None and budget is None and method not in FIXED:
             tol = 0.1
+        if self._by_closure:
+            reserve = 0
         self.method, self.reserve, self.every, self.window, self.budget = method, reserve, every, window, budget
         self.settle_at, self.fixed = settle, False
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -195,16 +185,23 @@ class RankAdaptive(Optimizer):
         if self.inner is not None:
             self.param_groups.extend(self.inner.param_groups)
 
-    def _track(self, names: list[str], layers: list[NetworkLayer], ranks: Ranks) -> _Track:
+    def _track(self, names: list[str], layers: list[NetworkLayer], ranks: Ranks) -> Track:
         net = layers[0].network
-        return _Track(names, layers, default_root(net), ranks, prod(net.shape), [], [], [])
+        return Track(names, layers, default_root(net), ranks, prod(net.shape), [], [], [])
 
     # --- windows ---
 
     @torch.no_grad()
-    def _open(self, track: _Track, net: Network | None = None, *, first: bool = False) -> None:
+    def _open(self, track: Track, net: Network | None = None, *, first: bool = False) -> None:
         """Hang the tree, make room for the reserve, open the next window; moments come along."""
         old = None if first or track.layer._window is None else track.window
+        if self._by_closure:
+            net = track.layer.network.detach() if net is None else net
+            if first:
+                track.ranks.start(net)
+            track.ranks.found = dict(zip(net.bonds, net.ranks, strict=True))
+            track.install(CoreWindow(net, track.root, track.ranks.found))
+            return
         gauged = net is not None
         if net is None:
             net = track.layer.network.detach()
@@ -229,17 +226,14 @@ class RankAdaptive(Optimizer):
         else:
             track.moment = [torch.zeros_like(center) for center in (at.center if core is None else (at.center[core],))]
             track.counts = [0] * len(track.counts) if core is not None or first else track.counts
-        window = Window(at, core, track.ranks.found)
-        track.layer.open_window(window)
-        for twin in track.layers[1:]:
-            twin.open_window(window, track.layer.probes)
+        track.install(Window(at, core, track.ranks.found))
 
     def _group_probes(self) -> None:
         """The first group holds the probes; a layer whose weight was replaced has new ones."""
         self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
 
     @torch.no_grad()
-    def _moved(self, track: _Track) -> tuple[Network, bool]:
+    def _moved(self, track: Track) -> tuple[Network, bool]:
         """The weight at the end of a window, as a tree centered at the root (True) or anyhow (False)."""
         window, layer = track.window, track.layer
         if window.core is not None:
@@ -284,7 +278,7 @@ class RankAdaptive(Optimizer):
             made.append((cut_by(net, sizes_of(sizes), center=track.root, gauged=True)[0], True))
         return made
 
-    def _watch_growth(self, track: _Track, made: Network, before: dict[str, int]) -> None:
+    def _watch_growth(self, track: Track, made: Network, before: dict[str, int]) -> None:
         """Say once where ranks cannot grow: steps that are always cut, or a cap."""
         own = track.ranks
         if self.reserve == 0:
@@ -322,7 +316,17 @@ class RankAdaptive(Optimizer):
         """Move by the gradients that `backward` left; close the window when it is full.
 
         A layer without gradient (not used in the forward) stays where it is; weight decay does not move it either.
+
+        The methods of `tnlayers.integrators` other than "parallel" ask for several gradients a step ("augmented": as
+        many as the tree has levels, and one): they need a closure that zeroes the gradients, calls backward and returns
+        the loss, take plain Euler steps of the gradient flow without moments, reserve and budget, and are not for loss
+        scaling. The other parameters move by the gradient of the last call.
+
+        Raises:
+            ValueError: a method that needs a closure without one.
         """
+        if self._by_closure:
+            return self._step_by_closure(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -344,7 +348,51 @@ class RankAdaptive(Optimizer):
             self._close(settling=settling)
         return loss
 
-    def _move(self, track: _Track, lr: float, betas: tuple[float, float | None], decay: float) -> bool:
+    def _step_by_closure(self, closure: Callable[[], Any] | None) -> Any:
+        if closure is None:
+            raise ValueError(
+                f"RankAdaptive: method={self.method!r} needs several gradients a step, expected step(closure) with a "
+                "closure that zeroes the gradients, calls backward and returns the loss, got none; "
+                "method='parallel' needs one backward"
+            )
+        call, group, losses = closure, self.param_groups[0], []
+        for track in self._tracks:
+            if track.layer._window is None:
+                self._open(track, first=True)
+                self._group_probes()
+
+        def evaluate(requests: Mapping[int, Request]) -> dict[int, Tensor]:
+            for k, request in requests.items():
+                track = self._tracks[k]
+                track.install(CoreWindow(request.network, request.core, track.ranks.found))
+            with torch.enable_grad():
+                losses.append(call())
+            found = {}
+            for k, request in requests.items():
+                probe = self._tracks[k].layer.probes[request.core]
+                found[k] = torch.zeros_like(probe) if probe.grad is None else probe.grad.detach().clone()
+            return found
+
+        truncations = []
+        for track in self._tracks:
+            own, net = track.ranks, track.window.point
+            capped = own.most if not self.fixed and self.method not in FIXED else tuple(net.ranks)
+            adapting = not self.fixed and self.method not in FIXED
+            truncations.append(Truncate(own.tol if adapting else None, own.theta if adapting else None, capped))
+        roots = [track.root for track in self._tracks]
+        before = [track.window.point for track in self._tracks]
+        nets = step_together(before, roots, truncations, self.method, group["lr"], evaluate)
+        if self.inner is not None:
+            self.inner.step()
+        self.steps += 1
+        if not self.fixed and self.settle_at is not None and self.steps >= self.settle_at:
+            self.fixed = True
+        for track, net in zip(self._tracks, nets, strict=True):
+            self._open(track, scale(net, 1 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else net)
+        self.history.append({"step": self.steps, "ranks": self.ranks()})
+        return losses[0] if losses else None
+
+    def _move(self, track: Track, lr: float, betas: tuple[float, float | None], decay: float) -> bool:
         """Move the probes of a network; whether they moved."""
         layer, window = track.layer, track.window
         probes = layer._active_probes()
@@ -389,40 +437,23 @@ class RankAdaptive(Optimizer):
 
     def settle(self) -> None:
         """Round by the tolerance a last time, without reserve; ranks stay from now on."""
-        if not self.fixed:
+        if not self.fixed and not self._by_closure:
             self._close(settling=True)
+        self.fixed = True
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Ranks of every layer by the tolerance, without the reserve, in the order of `layer.network.bonds`."""
         return {
-            name: tuple(track.ranks.found[bond] for bond in track.window.at.net.bonds)
+            name: tuple(track.ranks.found[bond] for bond in track.window.point.bonds)
             for track in self._tracks
             for name in track.names
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
-        tracks = []
-        for track in self._tracks:
-            tracks.append(
-                {
-                    "names": track.names,
-                    "cores": [core.detach().clone() for core in track.window.at.net.cores],
-                    "core": track.window.core,
-                    "fresh": track.window.fresh,
-                    "probes": [probe.detach().clone() for probe in track.layer.probes],
-                    "moment": [m.clone() for m in track.moment],
-                    "second": [v.clone() for v in track.second],
-                    "counts": list(track.counts),
-                    "turn": track.turn,
-                    "cut_again": track.cut_again,
-                    "found": dict(track.ranks.found),
-                    "kept": dict(track.ranks.kept),
-                }
-            )
         group = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         return {
-            "tracks": tracks,
+            "tracks": [track.state() for track in self._tracks],
             "group": group,
             "inner": None if self.inner is None else self.inner.state_dict(),
             "steps": self.steps,
@@ -452,24 +483,5 @@ class RankAdaptive(Optimizer):
             self.inner.load_state_dict(state_dict["inner"])
             self.param_groups[1:] = self.inner.param_groups
         for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
-            like = track.layer.cores[0]
-
-            def own(values: list[Tensor], like: Tensor = like) -> list[Tensor]:
-                return [value.to(device=like.device, dtype=like.dtype).clone() for value in values]
-
-            structure = track.layer._structure
-            net = structure.format._unchecked(own(state["cores"]), structure.legs, structure.rows, structure.cols)
-            track.ranks.found, track.ranks.kept = dict(state["found"]), dict(state["kept"])
-            # the cores saved are those of the gauges, orthonormal already
-            window = Window(gauges(net, track.root, gauged=True), state["core"], track.ranks.found)
-            track.layer.open_window(window)
-            for probe, value in zip(track.layer.probes, own(state["probes"]), strict=True):
-                probe.copy_(value)
-            for twin in track.layers[1:]:
-                twin.open_window(window, track.layer.probes)
-            if not state["fresh"]:
-                for member in track.layers:
-                    member.window_moved()
-            track.moment, track.second = own(state["moment"]), [v.to(like.device) for v in state["second"]]
-            track.counts, track.turn, track.cut_again = list(state["counts"]), state["turn"], state["cut_again"]
+            track.load(state, gauged=not self._by_closure)
         self._group_probes()
