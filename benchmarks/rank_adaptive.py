@@ -460,7 +460,7 @@ def main() -> None:
                 entry["net"],
                 entry["arm"],
                 entry.get("format", ""),
-                "" if "start" not in entry else entry["start"],
+                entry.get("start", ""),
                 f"{100 * entry['keep']:.1f} %",
                 f"{entry['accuracy']:.2f}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.2f}"),
                 f"{entry['lr']:g}",
