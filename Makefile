@@ -10,7 +10,7 @@ BENCHPY = $(if $(wildcard $(BENCH)/.installed),$(BENCH)/bin/python,$(BIN)/python
 FULL ?=
 
 .PHONY: demo test lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
-  bench-decompositions bench-integrators bench-gpu
+  bench-decompositions bench-integrators bench-rank-adaptive bench-gpu
 
 help:
 	@echo "make demo         digits: dense, tensorized and tensor-from-scratch nets; table, figures and a page in runs/"
@@ -19,7 +19,8 @@ help:
 	@echo "make bench-mnist  the accuracy rows of the README (MNIST=PATH, default ../shared/data/mnist); about 10 minutes"
 	@echo "make bench-import what import tnlayers adds to import torch"
 	@echo "make bench-env    an environment with the peers (tensorly-torch, tntorch, ...), for the next ones"
-	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-integrators, bench-plans, bench-gpu   tables into benchmarks/results"
+	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-integrators, bench-plans,"
+	@echo "  bench-rank-adaptive, bench-gpu   tables into benchmarks/results"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,6 +59,9 @@ bench-env: $(BENCH)/.installed
 
 bench-layers bench-convolutions bench-integrators bench-plans bench-gpu: bench-%: $(STAMP)
 	$(BENCHPY) benchmarks/$*.py $(FULL)
+
+bench-rank-adaptive: $(STAMP)
+	$(BENCHPY) benchmarks/rank_adaptive.py $(FULL)
 
 bench-decompositions: $(STAMP)
 	$(BENCHPY) benchmarks/decomposition.py $(FULL)
