@@ -1,5 +1,6 @@
-"""`RankAdaptive` in other people's loops: Hugging Face's Trainer and Lightning. Each is imported when it is asked for."""
+"""`RankAdaptive` in other people's loops: Hugging Face's Trainer, Lightning. Each is imported when it is asked for."""
 
+from importlib import import_module
 from typing import Any
 
 from tnlayers.optim.rank_adaptive import RankAdaptive
@@ -37,12 +38,9 @@ def trainer_callback(settle: float = 0.6) -> Any:
         ValueError: a part outside [0, 1].
     """
     _check(settle)
-    try:
-        from transformers import TrainerCallback
-    except ImportError:
-        raise ImportError("trainer_callback: needs transformers; pip install transformers") from None
+    base = _base("transformers", "TrainerCallback", "trainer_callback")
 
-    class RankCallback(TrainerCallback):  # type: ignore[misc]
+    class RankCallback(base):
         """See `trainer_callback`."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -72,12 +70,9 @@ def lightning_callback(settle: float = 0.6) -> Any:
         ValueError: a part outside [0, 1].
     """
     _check(settle)
-    try:
-        from lightning.pytorch import Callback
-    except ImportError:
-        raise ImportError("lightning_callback: needs lightning; pip install lightning") from None
+    base = _base("lightning.pytorch", "Callback", "lightning_callback")
 
-    class RankCallback(Callback):  # type: ignore[misc]
+    class RankCallback(base):
         """See `lightning_callback`."""
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -93,6 +88,14 @@ def lightning_callback(settle: float = 0.6) -> Any:
                 pl_module.log_dict({k: float(v) for k, v in _flat(_inner(wrapped)).items()})
 
     return RankCallback()
+
+
+def _base(module: str, name: str, asked: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise ImportError(f"{asked}: needs {package}; pip install {package}") from None
 
 
 def _check(settle: float) -> None:
