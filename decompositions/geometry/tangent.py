@@ -218,8 +218,10 @@ def gauge_fix(at: Gauges[N], gradients: Sequence[Tensor], *, twice: bool = True)
     for edge in at.edges:
         axis = at.axis(edge.child, edge.bond)
         u, e = flatten(at.up[edge.child], axis), flatten(deltas[edge.child], axis)
+        size = torch.linalg.vector_norm(e) if twice else None
         e = e - u @ (u.mH @ e)
-        if twice:  # what is left of a gradient that is nearly in the span is not orthogonal to it otherwise
+        # once more where little is left of a gradient nearly in the span: it is not orthogonal to it otherwise
+        if size is not None and not bool(torch.linalg.vector_norm(e) > 0.1 * size):
             e = e - u @ (u.mH @ e)
         deltas[edge.child] = unflatten(e, deltas[edge.child].shape, axis)
     return Tangent(at, tuple(deltas))

@@ -62,37 +62,6 @@ class Field(Protocol):
         """Dense right-hand side, for references and small problems."""
 
 
-class FixedField:
-    """`F(t, Y) = Z` for a network Z on the tree of Y, of any ranks; never densified.
-
-    Args:
-        z: a network with the legs of Y.
-
-    Example:
-        >>> import torch
-        >>> from decompositions import LowRank, scale
-        >>> net = LowRank(torch.eye(3, 1), torch.ones(1, 1), torch.eye(4, 1))
-        >>> FixedField(scale(net, 5.0)).restrict(net, 1)(0.0, net.S).item()
-        5.0
-    """
-
-    def __init__(self, z: Network) -> None:
-        self.z = z
-
-    def __call__(self, t: float, y: Tensor) -> Tensor:
-        """Z, dense."""
-        return to_dense(self.z)
-
-    def restrict(self, net: Network, core: int) -> CoreField:
-        """See `Field`."""
-        inner = [tuple(label if label in net.outside else f"z:{label}" for label in leg) for leg in self.z.legs]
-        others = [k for k in range(len(net.cores)) if k != core]
-        sizes = {**{f"z:{label}": size for label, size in self.z.sizes.items()}, **net.sizes}
-        steps = path([*inner, *(net.legs[k] for k in others)], sizes, net.legs[core], net.dtype.itemsize)
-        seen = run(steps, [*self.z.cores, *(net.cores[k].conj() for k in others)]).reshape(net.cores[core].shape)
-        return lambda t, value: seen
-
-
 class DenseField:
     """A function (t, dense Y) -> dense F; every evaluation makes Y.
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from decompositions import Network, add, to_dense
 from decompositions import round as cut
 from decompositions.formats.network import Labels, TreeEdge, tree_edges
-from decompositions.formats.plan import run
+from decompositions.formats.plan import bucket, run
 from decompositions.geometry.blocks import along, flatten
-from tnlayers.integrators.fields import CoreField, path, refuse_complex
+from tnlayers.integrators.fields import CoreField, Steps, path, refuse_complex
 
 Factor = float | complex | Callable[[float], float | complex]
 
@@ -91,6 +91,7 @@ class OperatorField:
         self.operator = operator
         self.factor = _as_function(factor)
         self._messages = _Messages()
+        self._known_steps: dict[tuple[object, ...], Steps] = {}
         self._checked: object = None
 
     def __call__(self, t: float, y: Tensor) -> Tensor:
@@ -112,15 +113,26 @@ class OperatorField:
             operands.append(made[other])
             inputs.append(self._message_labels(net, other, core))
         own = op.cores[core].to(net.dtype)
-        names = self._names(net, core)
-        sizes = {**_prefixed("op:", op.sizes), **net.sizes, **_prefixed("bra:", net.sizes)}
-        out = tuple(f"bra:{label}" for label in labels)
-        steps = path([labels, names, *inputs], sizes, out, net.dtype.itemsize)
+
+        def find() -> Steps:
+            sizes = {**_prefixed("op:", op.sizes), **net.sizes, **_prefixed("bra:", net.sizes)}
+            out = tuple(f"bra:{label}" for label in labels)
+            return path([labels, self._names(net, core), *inputs], sizes, out, net.dtype.itemsize)
+
+        steps = self._steps_for(("core", core, core), [net.cores[core], own, *operands], find)
 
         def derivative(t: float, value: Tensor) -> Tensor:
             return _times(self.factor(t), run(steps, [value, own, *operands]))
 
         return derivative
+
+    def _steps_for(self, key: tuple[object, ...], operands: Sequence[Tensor], find: Callable[[], Steps]) -> Steps:
+        """Steps of a contraction by the powers of two of the operands' sizes, remembered while the tree stays."""
+        full = (*key, *(bucket(size) for operand in operands for size in operand.shape))
+        steps = self._known_steps.get(full)
+        if steps is None:
+            steps = self._known_steps[full] = find()
+        return steps
 
     def _names(self, net: Network, core: int) -> Labels:
         """Labels of an operator core: its rows are the bra's axes, its columns those of Y."""
@@ -144,13 +156,18 @@ class OperatorField:
         known = self._messages.get(key, parts)
         if known is not None:
             return known
-        op, names = self.operator, self._names(net, source)
-        legs = net.legs[source]
-        inputs = [legs, tuple(f"bra:{label}" for label in legs), names]
-        inputs += [self._message_labels(net, k, source) for k in behind]
-        sizes = {**_prefixed("op:", op.sizes), **net.sizes, **_prefixed("bra:", net.sizes)}
-        steps = path(inputs, sizes, self._message_labels(net, source, target), net.dtype.itemsize)
-        message = run(steps, [core, core.conj(), op.cores[source].to(net.dtype), *inner])
+        op = self.operator
+        own = op.cores[source].to(net.dtype)
+
+        def find() -> Steps:
+            legs = net.legs[source]
+            inputs = [legs, tuple(f"bra:{label}" for label in legs), self._names(net, source)]
+            inputs += [self._message_labels(net, k, source) for k in behind]
+            sizes = {**_prefixed("op:", op.sizes), **net.sizes, **_prefixed("bra:", net.sizes)}
+            return path(inputs, sizes, self._message_labels(net, source, target), net.dtype.itemsize)
+
+        steps = self._steps_for(("message", source, target), [core, own, *inner], find)
+        message = run(steps, [core, core.conj(), own, *inner])
         return self._messages.put(key, parts, message)
 
     def _check(self, net: Network) -> None:
@@ -158,6 +175,7 @@ class OperatorField:
         if self._checked == structure:
             return
         self._messages.clear()
+        self._known_steps.clear()
         op = self.operator
         refuse_complex("the operator", op.dtype, net.dtype)
         wanted = [
@@ -178,6 +196,37 @@ class OperatorField:
                 f"{net!r} ({net.equation}) on {modes}, got {op!r} ({op.equation}); see kronecker_sum"
             )
         self._checked = structure
+
+
+class FixedField:
+    """`F(t, Y) = Z` for a network Z on the tree of Y, of any ranks; never densified.
+
+    Args:
+        z: a network with the legs of Y.
+
+    Example:
+        >>> import torch
+        >>> from decompositions import LowRank, scale
+        >>> net = LowRank(torch.eye(3, 1), torch.ones(1, 1), torch.eye(4, 1))
+        >>> FixedField(scale(net, 5.0)).restrict(net, 1)(0.0, net.S).item()
+        5.0
+    """
+
+    def __init__(self, z: Network) -> None:
+        self.z = z
+
+    def __call__(self, t: float, y: Tensor) -> Tensor:
+        """Z, dense."""
+        return to_dense(self.z)
+
+    def restrict(self, net: Network, core: int) -> CoreField:
+        """See `Field`: one sweep of contractions of both trees, leaves first."""
+        seen = list(self.z.cores)  # with what lies behind already contracted
+        for edge in reversed(_edges(net.legs, net.rows, net.cols, core)):
+            axis, other = net.legs[edge.child].index(edge.bond), net.legs[edge.parent].index(edge.bond)
+            message = flatten(net.cores[edge.child], axis).mH @ flatten(seen[edge.child], axis)
+            seen[edge.parent] = along(seen[edge.parent], other, message)
+        return lambda t, value: seen[core]
 
 
 class KroneckerField:

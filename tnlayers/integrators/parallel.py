@@ -10,7 +10,7 @@ from decompositions.geometry import Gauges, Tangent, gauges
 from decompositions.geometry.blocks import along, flatten, unflatten
 from decompositions.geometry.tangent import extend, gauge_fix
 from tnlayers.integrators.bug import Directions, augment
-from tnlayers.integrators.fields import FixedField
+from tnlayers.integrators.operators import FixedField
 from tnlayers.integrators.steps import Stepper, children, complement, given, pad, with_cores
 
 

@@ -38,7 +38,7 @@ def trainer_callback(settle: float = 0.6) -> Any:
         ValueError: a part outside [0, 1].
     """
     _check(settle)
-    base = _base("transformers", "TrainerCallback", "trainer_callback")
+    base: Any = _base("transformers", "TrainerCallback", "trainer_callback")
 
     class RankCallback(base):
         """See `trainer_callback`."""
@@ -70,7 +70,7 @@ def lightning_callback(settle: float = 0.6) -> Any:
         ValueError: a part outside [0, 1].
     """
     _check(settle)
-    base = _base("lightning.pytorch", "Callback", "lightning_callback")
+    base: Any = _base("lightning.pytorch", "Callback", "lightning_callback")
 
     class RankCallback(base):
         """See `lightning_callback`."""
