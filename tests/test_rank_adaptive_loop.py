@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -284,3 +285,29 @@ def test_models_that_cannot_be_served_are_refused():
         RankAdaptive(nn.Linear(3, 3), 0.1)
     with pytest.raises(ValueError, match="must be of this model"):
         RankAdaptive(small_model(), 0.1).load_state_dict(RankAdaptive(small_model()[0], 0.1).state_dict())
+
+
+def test_a_model_that_moves_goes_on():
+    """To another dtype between two steps, in the middle of a window too; a move to where it is changes nothing."""
+    for every in (1, 4):
+        runs = []
+        for change in (lambda model: model, lambda model: model.to("cpu").float()):
+            model = small_model()
+            optimizer = RankAdaptive(model, 0.01, tol=0.1, every=every)
+            loop(model, optimizer, range(6))
+            change(model)
+            loop(model, optimizer, range(6, 12))
+            runs.append(model(batch(99)[0]).detach())
+        assert torch.equal(runs[0], runs[1])
+        model = small_model()
+        optimizer = RankAdaptive(model, 0.01, tol=0.1, every=every, inner=partial(torch.optim.SGD, lr=0.01))
+        loop(model, optimizer, range(6))
+        model.double()  # torch's own AdamW does not follow, SGD does
+        for k in range(4):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.double()), y).backward()
+            optimizer.step()
+        assert all(core.is_contiguous() for core in model[0].cores)
+        assert model[0].weight.dtype == torch.float64
+        assert all(core.dtype == torch.float64 for core in compact(model)[0].cores)

@@ -402,8 +402,10 @@ class NetworkLayer(Movable):
         raise TypeError("NetworkLayer.to_dense_module: expected a layer, got the base")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NetworkLayer":
-        self.fold_window()  # its tensors are no parameters, and would stay behind
         result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
+        if self._window is not None:
+            with torch.no_grad():
+                self._window.move(fn)
         self._replan()
         return result
 

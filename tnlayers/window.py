@@ -7,7 +7,8 @@ accumulation, loss scaling and reduction see nothing special; they are not in `s
 None: the cores are the point at which the window was opened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ class Window:
     def shape(self, core: int) -> tuple[int, ...]:
         """Shape of the probe of a core."""
         return tuple(self.at.center[core].shape)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow the layer to another dtype or device."""
+        at = self.at
+        net = at.net._unchecked([fn(core) for core in at.net.cores], at.net.legs, at.net.rows, at.net.cols)
+        self.at = replace(
+            at,
+            net=net,
+            up=tuple(fn(core) for core in at.up),
+            down=tuple(None if core is None else fn(core) for core in at.down),
+            center=tuple(fn(core) for core in at.center),
+            links={bond: fn(link) for bond, link in at.links.items()},
+        )
+        self.point, self._chain = net, None
 
     def cores(self, probes: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Cores of a network with the current weight, differentiable with respect to the probes."""
@@ -98,6 +113,11 @@ class CoreWindow(Window):
     def shape(self, core: int) -> tuple[int, ...]:
         """Shape of the probe of a core."""
         return tuple(self.point.cores[core].shape)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """See `Window`."""
+        net = self.point
+        self.point = net._unchecked([fn(core) for core in net.cores], net.legs, net.rows, net.cols)
 
     def cores(self, probes: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """See `Window`."""
@@ -185,17 +205,6 @@ class Movable(Freezable):
         if self._window is not None:
             self._window = None
             del self.probes
-
-    def fold_window(self) -> None:
-        """Close the window, its change taken into the cores (at doubled ranks where all of them moved)."""
-        if self._window is None:
-            return
-        moved = not self._window.fresh
-        with torch.no_grad():
-            cores = [core.detach() for core in self._contracted.cores] if moved else []
-        self.close_window()
-        for parameter, core in zip(self.cores, cores, strict=False):
-            resize_(parameter, core)
 
     @property
     def _contracted(self) -> Network:

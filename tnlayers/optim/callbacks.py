@@ -53,6 +53,8 @@ def trainer_callback(settle: float = 0.6) -> Any:
             """Ranks beside the loss."""
             if logs is not None and kwargs.get("optimizer") is not None:
                 logs.update(_flat(_inner(kwargs["optimizer"])))
+                if state.log_history:  # the Trainer has filed a copy already
+                    state.log_history[-1].update(_flat(_inner(kwargs["optimizer"])))
 
     return RankCallback()
 

@@ -200,6 +200,7 @@ class RankAdaptive(Optimizer):
             if first:
                 track.ranks.start(net)
             track.ranks.found = dict(zip(net.bonds, net.ranks, strict=True))
+            net = track.layer._with_cores([core.contiguous() for core in net.cores])
             track.install(CoreWindow(net, track.root, track.ranks.found))
             return
         gauged = net is not None
@@ -213,6 +214,7 @@ class RankAdaptive(Optimizer):
         if not self.fixed:
             net = widen_bonds(net, track.ranks.wanted(net), track.root, self.generator)
             track.ranks.kept = dict(zip(net.bonds, net.ranks, strict=True))
+        net = track.layer._with_cores([core.contiguous() for core in net.cores])  # they become the layer's Parameters
         # bases are products of orthonormal ones from rounding to rounding: now and then they are made anew
         at = gauges(net, track.root, gauged=(gauged or first) and len(self.history) % RENEW != 0)
         core = None
@@ -227,6 +229,14 @@ class RankAdaptive(Optimizer):
             track.moment = [torch.zeros_like(center) for center in (at.center if core is None else (at.center[core],))]
             track.counts = [0] * len(track.counts) if core is not None or first else track.counts
         track.install(Window(at, core, track.ranks.found))
+
+    def _reopened(self, track: Track) -> bool:
+        """Open a window on a weight that somebody has replaced."""
+        if track.layer._window is not None:
+            return False
+        self._open(track, first=True)
+        self._group_probes()
+        return True
 
     def _group_probes(self) -> None:
         """The first group holds the probes; a layer whose weight was replaced has new ones."""
@@ -336,10 +346,9 @@ class RankAdaptive(Optimizer):
         settling = not self.fixed and self.settle_at is not None and self.steps >= self.settle_at
         closing = settling or self.steps % self.every == 0
         for track in self._tracks:
-            if track.layer._window is None:
-                self._open(track, first=True)  # somebody replaced the weight
-                self._group_probes()
-            elif self._move(track, group["lr"], group["betas"], group["weight_decay"]) and not closing:
+            if self._reopened(track):
+                continue
+            if self._move(track, group["lr"], group["betas"], group["weight_decay"]) and not closing:
                 for member in track.layers:
                     member.window_moved()
         if self.inner is not None:
@@ -357,9 +366,7 @@ class RankAdaptive(Optimizer):
             )
         call, group, losses = closure, self.param_groups[0], []
         for track in self._tracks:
-            if track.layer._window is None:
-                self._open(track, first=True)
-                self._group_probes()
+            self._reopened(track)
 
         def evaluate(requests: Mapping[int, Request]) -> dict[int, Tensor]:
             for k, request in requests.items():
@@ -399,6 +406,7 @@ class RankAdaptive(Optimizer):
         found = [probe.grad for probe in probes]
         if all(gradient is None for gradient in found):
             return False
+        track.follow(probes[0])
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, found, strict=True)]
         at = window.at
         centered = window.core is None
@@ -443,6 +451,8 @@ class RankAdaptive(Optimizer):
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Ranks of every layer by the tolerance, without the reserve, in the order of `layer.network.bonds`."""
+        for track in self._tracks:
+            self._reopened(track)
         return {
             name: tuple(track.ranks.found[bond] for bond in track.window.point.bonds)
             for track in self._tracks
@@ -451,6 +461,8 @@ class RankAdaptive(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
+        for track in self._tracks:
+            self._reopened(track)
         group = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         return {
             "tracks": [track.state() for track in self._tracks],

@@ -58,6 +58,12 @@ class Track:
         for twin in self.layers[1:]:
             twin.open_window(window, self.layer.probes)
 
+    def follow(self, like: Tensor) -> None:
+        """Bring the moments to the dtype and device that the layer was moved to."""
+        if self.moment and (self.moment[0].dtype, self.moment[0].device) != (like.dtype, like.device):
+            self.moment = [m.to(like) for m in self.moment]
+            self.second = [v.to(device=like.device) for v in self.second]
+
     def state(self) -> dict[str, Any]:
         """All of it as plain data and tensors."""
         return {
