@@ -56,8 +56,8 @@ def main(quick: bool = False, folder: str = ".") -> dict[str, tuple[int, ...]]:
     x, y = data(4000, generator)
     with torch.no_grad():
         right = float((shipped(x).argmax(-1) == y).float().mean())
-    dense = sum(p.numel() for p in tnlayers.densify(shipped).parameters())
     kept = sum(p.numel() for p in shipped.parameters())
+    dense = sum(p.numel() for p in tnlayers.densify(shipped).parameters())
     print(f"accuracy {100 * right:.1f} %, {kept:,} of {dense:,} parameters, ranks {optimizer.ranks()}")
 
     figure = Figure(figsize=(6, 3.8), layout="constrained")

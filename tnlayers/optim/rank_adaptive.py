@@ -9,7 +9,7 @@ The reserve has orthonormal bases at singular value zero: the gradient that the 
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod, sqrt
 from typing import Any
@@ -30,7 +30,7 @@ from tnlayers.optim.growth import widen_bonds
 from tnlayers.optim.models import centers, sizes_of, trees
 from tnlayers.optim.options import check_options
 from tnlayers.optim.ranks import Ranks, within_budget
-from tnlayers.optim.together import Request, step_together
+from tnlayers.optim.together import Gradients, step_together
 from tnlayers.optim.track import Track
 from tnlayers.window import CoreWindow, Window
 
@@ -327,10 +327,10 @@ class RankAdaptive(Optimizer):
 
         A layer without gradient (not used in the forward) stays where it is; weight decay does not move it either.
 
-        The methods of `tnlayers.integrators` other than "parallel" ask for several gradients a step ("augmented": as
-        many as the tree has levels, and one): they need a closure that zeroes the gradients, calls backward and returns
-        the loss, take plain Euler steps of the gradient flow without moments, reserve and budget, and are not for loss
-        scaling. The other parameters move by the gradient of the last call.
+        The methods of `tnlayers.integrators` other than "parallel" ask for several gradients a step ("augmented": two
+        for matrices and Tucker, more for deeper trees): they need a closure that zeroes the gradients, calls backward
+        and returns the loss, take plain Euler steps of the gradient flow without moments, reserve and budget, and are
+        not for loss scaling. The other parameters move by the gradient of the last call.
 
         Raises:
             ValueError: a method that needs a closure without one.
@@ -368,18 +368,11 @@ class RankAdaptive(Optimizer):
         for track in self._tracks:
             self._reopened(track)
 
-        def evaluate(requests: Mapping[int, Request]) -> dict[int, Tensor]:
-            for k, request in requests.items():
-                track = self._tracks[k]
-                track.install(CoreWindow(request.network, request.core, track.ranks.found))
+        def evaluate() -> None:
             with torch.enable_grad():
                 losses.append(call())
-            found = {}
-            for k, request in requests.items():
-                probe = self._tracks[k].layer.probes[request.core]
-                found[k] = torch.zeros_like(probe) if probe.grad is None else probe.grad.detach().clone()
-            return found
 
+        asked = Gradients(self._tracks, evaluate)
         truncations = []
         for track in self._tracks:
             own, net = track.ranks, track.window.point
@@ -388,7 +381,7 @@ class RankAdaptive(Optimizer):
             truncations.append(Truncate(own.tol if adapting else None, own.theta if adapting else None, capped))
         roots = [track.root for track in self._tracks]
         before = [track.window.point for track in self._tracks]
-        nets = step_together(before, roots, truncations, self.method, group["lr"], evaluate)
+        nets = step_together(before, roots, truncations, self.method, group["lr"], asked)
         if self.inner is not None:
             self.inner.step()
         self.steps += 1

@@ -7,7 +7,7 @@ depends on their order.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from decompositions import Network
+from decompositions.geometry import gauges
 from tnlayers.integrators.fields import CoreField
 from tnlayers.integrators.schemes import SCHEMES
 from tnlayers.integrators.steps import SUBSTEPS, Stepper, Truncate
+from tnlayers.optim.track import Track
+from tnlayers.window import CoreWindow, Window
 
 
 class Request(NamedTuple):
@@ -25,6 +28,56 @@ class Request(NamedTuple):
 
     network: Network
     core: int
+
+
+class Gradients:
+    """Answers requests by windows and one backward for all of them.
+
+    What schemes ask first is the gradient of core after core at the point where the step starts, in the gauge centered
+    there: one backward with all cores in motion gives them all.
+
+    Args:
+        tracks: the networks.
+        backward: makes the gradients of the model as it is.
+    """
+
+    def __init__(self, tracks: Sequence[Track], backward: Callable[[], None]) -> None:
+        self._tracks, self._backward = tracks, backward
+        self._starts = [gauges(track.window.point, track.root) for track in tracks]
+        self._known: list[list[Tensor]] | None = None
+
+    def known(self, k: int, request: Request) -> Tensor | None:
+        """A gradient that is at hand."""
+        if self._known is None or not self._at_start(k, request):
+            return None
+        return self._known[k][request.core]
+
+    def __call__(self, requests: Mapping[int, Request]) -> dict[int, Tensor]:
+        """The gradients asked for."""
+        if self._known is None and any(self._at_start(k, request) for k, request in requests.items()):
+            for track, at in zip(self._tracks, self._starts, strict=True):
+                track.install(Window(at, None, track.ranks.found))
+            self._backward()
+            self._known = [_gradients(track.layer.probes) for track in self._tracks]
+        at_hand = {k: self.known(k, request) for k, request in requests.items()}
+        found = {k: value for k, value in at_hand.items() if value is not None}
+        others = [k for k in requests if k not in found]
+        if others:
+            for k in others:
+                self._tracks[k].install(CoreWindow(*requests[k], self._tracks[k].ranks.found))
+            self._backward()
+            for k in others:
+                core = requests[k].core
+                found[k] = _gradients([self._tracks[k].layer.probes[core]])[0]
+        return found
+
+    def _at_start(self, k: int, request: Request) -> bool:
+        cores = self._starts[k].centered(request.core).cores
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(cores, request.network.cores, strict=True))
+
+
+def _gradients(probes: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in probes]
 
 
 class _Stopped(Exception):
@@ -56,7 +109,7 @@ def step_together(
     truncations: Sequence[Truncate],
     method: str,
     lr: float,
-    evaluate: Callable[[Mapping[int, Request]], Mapping[int, Tensor]],
+    evaluate: Gradients,
 ) -> list[Network]:
     """One step of size `lr` of the gradient flow for every network, Euler in the substeps.
 
@@ -66,7 +119,7 @@ def step_together(
         truncations: of each.
         method: a row of `SCHEMES`.
         lr: step size.
-        evaluate: gives, for requests by position, the gradients of the cores asked for.
+        evaluate: answers requests; what it knows already is not waited for.
     """
     inbox: SimpleQueue[tuple[int, str, Any]] = SimpleQueue()
     answers: list[SimpleQueue[Any]] = [SimpleQueue() for _ in nets]
@@ -97,6 +150,10 @@ def step_together(
     while alive:
         k, kind, value = inbox.get()
         if kind == "ask":
+            known = evaluate.known(k, value) if failure is None else None
+            if known is not None:
+                answers[k].put(known)
+                continue
             pending[k] = value
         else:
             alive -= 1
