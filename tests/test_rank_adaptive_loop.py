@@ -311,3 +311,133 @@ def test_a_model_that_moves_goes_on():
         assert all(core.is_contiguous() for core in model[0].cores)
         assert model[0].weight.dtype == torch.float64
         assert all(core.dtype == torch.float64 for core in compact(model)[0].cores)
+
+
+def test_weights_of_several_layers_may_be_replaced():
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.1)
+    loop(model, optimizer, range(3))
+    model.load_state_dict(model.state_dict())
+    assert set(optimizer.ranks()) == {"0", "3"}
+    loop(model, optimizer, range(3, 5))
+    for layer in (model[0], model[3]):
+        layer.reset_parameters()
+    loop(model, optimizer, range(5, 7))
+    probes = [*model[0].probes, *model[3].probes]
+    assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], probes, strict=True))
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_second_optimizer_starts_from_the_weight_as_it_is(every):
+    model = small_model()
+    loop(model, RankAdaptive(model, 0.01, tol=0.01, every=every), range(4))
+    x, _ = batch(50)
+    before = model(x).detach()
+    RankAdaptive(model, 0.01, tol=0.1, every=every)
+    assert float((model(x) - before).detach().norm()) < 0.05 * float(before.norm())
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_foreign_optimizer_trains_the_probes(every):
+    model = small_model()
+    loop(model, RankAdaptive(model, 0.01, tol=0.1, every=every), range(5))
+    weight = model[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for k in range(5):
+        optimizer.zero_grad()
+        x, y = batch(k)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert float((model[0].weight.detach() - weight).norm()) > 1e-2
+
+
+def test_functional_calls_and_transforms_see_the_probes():
+    model = nn.Sequential(*list(small_model())[:1]).double()
+    RankAdaptive(model, 0.01, tol=0.1)
+    x = batch(0)[0].double()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    moved = {name: p + 0.5 if "probes" in name else p for name, p in parameters.items()}
+    assert float((torch.func.functional_call(model, moved, (x,)) - model(x)).detach().norm()) > 0.1
+    gradient = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(parameters)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        if "probes" in name:
+            torch.testing.assert_close(gradient[name], p.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("format", [LowRank, TTMatrix])
+def test_a_penalty_on_the_gradient_of_x(format):
+    """Derivatives of the gradient of x go through the probes too, by every route."""
+    torch.manual_seed(0)
+    modes = {"row_modes": (16, 16), "col_modes": (16, 16)} if format is TTMatrix else {}
+    layer = tnlayers.Linear(256, 256, network=network(format, rank=2, **modes)).double()
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(256, 1).double())
+    RankAdaptive(model, 0.01, tol=0.1)
+    x = torch.randn(8, 256, dtype=torch.float64, requires_grad=True)
+    found = []
+    for moved in (False, True):
+        if moved:
+            layer.window_moved()
+        for p in layer.probes:
+            p.grad = None
+        (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        g.square().sum().backward()
+        found.append([p.grad.clone() for p in layer.probes])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_an_empty_batch():
+    layer = tnlayers.Linear(256, 200, network=network(LowRank, rank=2))
+    optimizer = RankAdaptive(layer, 1e-3, tol=0.1)
+    y = layer(torch.randn(0, 256))
+    assert y.shape == (0, 200)
+    y.sum().backward()
+    optimizer.step()
+
+
+def test_further_parameters_go_to_the_inner_optimizer():
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.1)
+    scale = nn.Parameter(torch.ones(()))
+    optimizer.add_param_group({"params": [scale]})
+    for k in range(3):
+        x, y = batch(k)
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) * scale).backward()
+        optimizer.step()
+    assert float(scale.detach()) != 1.0
+    alone = RankAdaptive(tnlayers.Linear(8, 8, bias=False, network=network(LowRank, rank=2)), 0.01, tol=0.1)
+    with pytest.raises(ValueError, match="there is no inner optimizer"):
+        alone.add_param_group({"params": [scale]})
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 3, "window": "center"}])
+def test_nan_gradients_are_refused_before_anything_moves(options):
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.1, **options)
+    loop(model, optimizer, range(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = batch(9)
+    optimizer.zero_grad()
+    (F.cross_entropy(model(x), y) * float("nan")).backward()
+    with pytest.raises(ValueError, match="gradients must be finite, got NaN or infinity in 0"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    loop(model, optimizer, range(4, 8))
+
+
+def test_a_frozen_weight_follows_a_step():
+    model = small_model()
+    optimizer = RankAdaptive(model, 0.01, tol=0.1, every=5)
+    loop(model, optimizer, range(2))
+    x, y = batch(9)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    model.eval()
+    tnlayers.freeze(model)
+    optimizer.step()
+    with torch.no_grad():
+        after = model(x)
+        tnlayers.thaw(model)
+        torch.testing.assert_close(after, model(x))

@@ -147,6 +147,29 @@ def test_a_failing_closure_ends_all_threads():
     assert threading.active_count() == count
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("when", [1, 2])
+def test_an_interrupted_step_has_not_happened(method, when):
+    layer, target = layer_of(start("tt-matrix")), to_dense(start("tt-matrix", 1))
+    optimizer = RankAdaptive(layer, 0.1, method=method)
+    run = quadratic(layer, optimizer, target)
+    optimizer.step(run)
+    before, ranks, calls = layer.weight.detach().clone(), optimizer.ranks(), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == when:
+            raise KeyboardInterrupt
+        return run()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    torch.testing.assert_close(layer.weight.detach(), before, rtol=1e-14, atol=1e-14)
+    assert optimizer.ranks() == ranks
+    optimizer.step(run)
+
+
 def test_closures_are_asked_for_and_options_of_windows_refused():
     layer = layer_of(start("matrix"))
     optimizer = RankAdaptive(layer, 0.1, method="augmented", tol=0.1)

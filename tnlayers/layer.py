@@ -146,7 +146,7 @@ class NetworkLayer(Movable):
     @property
     def network(self) -> Network:
         """The current network; its cores are the layer's Parameters, but inside a window that has moved."""
-        moved = self._window is not None and not self._window.fresh
+        moved = self._window is not None and not self._window.still(self._active_probes())
         return self._with_cores(self._core_list() if moved else list(self.cores))
 
     def _with_cores(self, cores: list[Tensor]) -> Network:
@@ -405,7 +405,10 @@ class NetworkLayer(Movable):
         result = super()._apply(fn, recurse)  # a move may change dtype or device, hence the plans
         if self._window is not None:
             with torch.no_grad():
+                still = self._window.still(self._active_probes())
                 self._window.move(fn)
+                if still:
+                    self._window.watch(self._active_probes())
         self._replan()
         return result
 
@@ -425,6 +428,8 @@ class NetworkLayer(Movable):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if self._window is not None and new._window is not None and self._window.still(self._active_probes()):
+            new._window.watch(new._active_probes())
         remember_copy(self, new)
         return new
 
@@ -441,7 +446,7 @@ class NetworkLayer(Movable):
 
 def _current_cores(module: NetworkLayer, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """A state dict holds the weight as it is now: inside a window that has moved, at doubled ranks."""
-    if module._window is not None and not module._window.fresh:
+    if module._window is not None and not module._window.still(module._active_probes()):
         with torch.no_grad():
             cores = module._core_list()
         for k, core in enumerate(cores):

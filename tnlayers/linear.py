@@ -139,7 +139,7 @@ class Linear(NetworkLayer):
         """The product at the point of a window that has not moved, by the gradient's cheapest route; None otherwise."""
         window, bias, probes = self._window, self.bias, self._active_probes()
         plain = x.dtype == self.cores[0].dtype and not torch.is_autocast_enabled(x.device.type)
-        if window is None or window.core is not None or not window.fresh or not torch.is_grad_enabled() or not plain:
+        if window is None or not window.at_point(probes) or not plain:
             return None
         if self._point_plan(batch) == "merge":
             y = x.flatten(1) @ self._dense().reshape(prod(self._row_modes), -1).mT

@@ -42,12 +42,28 @@ class Window:
     def __init__(self, at: Gauges[Any], core: int | None = None, ranks: dict[str, int] | None = None) -> None:
         self.at, self.core, self.point = at, core, at.net
         self.ranks = dict(zip(at.net.bonds, at.net.ranks, strict=True)) if ranks is None else ranks
-        self.fresh = True  # whether all probes are known to be zero
+        self.fresh = True  # until an optimizer of ours moves the probes
         self._chain: Chain[Any] | None = None
+        self._stamps: list[tuple[Tensor, int]] = []
 
     def shape(self, core: int) -> tuple[int, ...]:
         """Shape of the probe of a core."""
         return tuple(self.at.center[core].shape)
+
+    def watch(self, probes: Sequence[Tensor]) -> None:
+        """The probes are zero now."""
+        self._stamps = [(probe, probe._version) for probe in probes]
+
+    def still(self, probes: Sequence[Tensor]) -> bool:
+        """Whether the probes are zero: the layer's own (not others put in their place), and nobody wrote to them."""
+        if not self.fresh or len(self._stamps) != len(probes):
+            return False
+        return all(p is q and p._version == v for p, (q, v) in zip(probes, self._stamps, strict=True))
+
+    def at_point(self, probes: Sequence[Tensor]) -> bool:
+        """Whether the gradient may come by the routes that hold at the point itself."""
+        plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        return self.core is None and torch.is_grad_enabled() and plain and self.still(probes)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow the layer to another dtype or device."""
@@ -70,7 +86,7 @@ class Window:
             cores = list(at.centered(self.core).cores)
             cores[self.core] = at.center[self.core] + probes[0]
             return tuple(cores)
-        if self.fresh and not torch.is_grad_enabled():
+        if self.still(probes) and not torch.is_grad_enabled():
             return at.net.cores
         return tuple(Tangent(at, tuple(probes)).blocks(point=True).to_cores())
 
@@ -79,14 +95,14 @@ class Window:
 
         Two sweeps of contractions of G in place of autograd through doubled cores.
         """
-        if self.core is not None or not self.fresh or not torch.is_grad_enabled():
+        if not self.at_point(probes):
             return None
         made: Tensor = _Dense.apply(self.at, *probes)
         return made
 
     def multiply(self, x: Tensor, probes: Sequence[Tensor]) -> Tensor | None:
         """`x W^T` at the point itself by the two-gauge chain, x (batch, columns); None once it has moved."""
-        if self.core is not None or not self.fresh or not torch.is_grad_enabled():
+        if not self.at_point(probes):
             return None
         if self._chain is None:
             self._chain = Chain(self.at, chain_path(self.at))
@@ -109,6 +125,7 @@ class CoreWindow(Window):
 
     def __init__(self, point: Network, core: int, ranks: dict[str, int]) -> None:
         self.point, self.core, self.ranks, self.fresh, self._chain = point, core, ranks, True, None
+        self._stamps = []
 
     def shape(self, core: int) -> tuple[int, ...]:
         """Shape of the probe of a core."""
@@ -145,12 +162,20 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, chain: Chain[Any], x: Tensor, *probes: Tensor) -> Tensor:
         y, kept = chain.forward(x)
         ctx.chain, ctx.labels = chain, [labels for _, labels in kept]
-        ctx.save_for_backward(*(value for value, _ in kept))
+        ctx.save_for_backward(x, *probes, *(value for value, _ in kept))
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        kept = list(zip(ctx.saved_tensors, ctx.labels, strict=True))
+        many = 1 + len(ctx.chain.at.center)
+        if torch.is_grad_enabled():  # a graph of the gradients is asked for: that of the affine cores
+            x, *probes = ctx.saved_tensors[:many]
+            net = Tangent(ctx.chain.at, tuple(probes)).to_network(point=True)
+            y = x @ to_dense(net).reshape(gradient.shape[1], -1).mT
+            wanted = [v for v in (x, *probes) if v.requires_grad]
+            made = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True, allow_unused=True))
+            return (None, *(next(made) if v.requires_grad else None for v in (x, *probes)))
+        kept = list(zip(ctx.saved_tensors[many:], ctx.labels, strict=True))
         gx, found = ctx.chain.backward(kept, gradient)
         return (None, gx, *found)
 
@@ -195,6 +220,7 @@ class Movable(Freezable):
         resized = resized or self._window is None or self._window.core != window.core
         ranks = None if self._window is None else self._window.point.ranks
         self._window = window
+        window.watch(self._active_probes())
         if resized or not window.fresh:
             self._replan()
         if ranks is not None and ranks != window.point.ranks:
@@ -217,6 +243,7 @@ class Movable(Freezable):
             self._window.fresh = False
             if self._window.core is None:
                 self._replan()
+        release(self)  # what was frozen from the weight before
 
     def _active_probes(self) -> list[Tensor]:
         """The probes of the cores that move."""

@@ -169,7 +169,7 @@ class Chain(Generic[N]):
             kept.append((value, labels))
             result = (BATCH, *net.rows) if k == len(self.path) - 1 else _meet(labels, leg)
             value, labels = contract(_equation(labels, leg, result), value, core), result
-        return value.reshape(x.shape[0], -1), kept
+        return value.reshape(x.shape[0], prod(net.row_modes)), kept
 
     @full_precision
     def backward(self, kept: Sequence[tuple[Tensor, Labels]], gy: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -186,7 +186,7 @@ class Chain(Generic[N]):
             found.update(self._unfold(self.path[k], contract(_equation(labels, leg, own), value, saved.conj()), own))
             core, own = self.backward_cores[k]
             value, labels = contract(_equation(labels, own, leg), value, core.conj()), leg
-        return value.reshape(batch, -1), [found[v] for v in range(len(found))]
+        return value.reshape(batch, prod(net.col_modes)), [found[v] for v in range(len(found))]
 
     def _unfold(self, core: int, gradient: Tensor, labels: Labels) -> dict[int, Tensor]:
         """The dense gradient of a folded core, projected onto the core and its branches."""

@@ -10,7 +10,7 @@ remembered as long as no core below changes.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ def refuse_complex(what: str, found: torch.dtype, wanted: torch.dtype) -> None:
         )
 
 
+@runtime_checkable
 class Field(Protocol):
     """A right-hand side that can be restricted to one core."""
 

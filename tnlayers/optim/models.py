@@ -20,6 +20,10 @@ def trees(model: nn.Module) -> dict[int, tuple[list[str], list[NetworkLayer]]]:
     for name, module in model.named_modules():
         if not isinstance(module, NetworkLayer) or not all(core.requires_grad for core in module.cores):
             continue
+        if module._window is not None and id(module.cores[0]) not in found:  # of another optimizer: its weight as it is
+            with torch.no_grad():
+                net = cut_by(module._contracted.detach(), _not_zero)[0]
+            module.set_network(net)
         module.close_window()
         net = module.network
         if not net.is_tree or not net.bonds:
@@ -28,6 +32,11 @@ def trees(model: nn.Module) -> dict[int, tuple[list[str], list[NetworkLayer]]]:
         names.append(name)
         layers.append(module)
     return found
+
+
+def _not_zero(bond: str, squares: Tensor, norm: float) -> int:
+    """All but what rounding leaves of zeros."""
+    return int((squares > (10 * torch.finfo(torch.float32).eps * norm) ** 2).sum())
 
 
 def sizes_of(sizes: Mapping[str, int]) -> Callable[[str, Tensor, float], int]:

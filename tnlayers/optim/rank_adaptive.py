@@ -36,9 +36,6 @@ from tnlayers.window import CoreWindow, Window
 
 Inner = Callable[[Iterable[Tensor]], Optimizer]
 
-PATIENCE = 20
-"""Roundings in a row that cut what the steps had made, after which ranks are said to be stuck."""
-
 
 RENEW = 50
 """Roundings after which bases are orthonormalized again."""
@@ -230,13 +227,31 @@ class RankAdaptive(Optimizer):
             track.counts = [0] * len(track.counts) if core is not None or first else track.counts
         track.install(Window(at, core, track.ranks.found))
 
-    def _reopened(self, track: Track) -> bool:
-        """Open a window on a weight that somebody has replaced."""
-        if track.layer._window is not None:
-            return False
-        self._open(track, first=True)
-        self._group_probes()
-        return True
+    def _reopen(self) -> list[Track]:
+        """Open windows on weights that somebody has replaced; which these were."""
+        closed = [track for track in self._tracks if track.layer._window is None]
+        for track in closed:
+            self._open(track, first=True)
+        if closed:
+            self._group_probes()
+        return closed
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Further parameters go to the inner optimizer.
+
+        Raises:
+            ValueError: there is none, as the model had no other parameters.
+        """
+        if not hasattr(self, "inner") or not self.param_groups:  # while torch's constructor runs
+            super().add_param_group(param_group)
+            return
+        if self.inner is None:
+            raise ValueError(
+                "RankAdaptive.add_param_group: there is no inner optimizer, as all parameters of the model are cores; "
+                "make the optimizer anew from a module that holds the new ones too"
+            )
+        self.inner.add_param_group(param_group)
+        self.param_groups[1:] = self.inner.param_groups
 
     def _group_probes(self) -> None:
         """The first group holds the probes; a layer whose weight was replaced has new ones."""
@@ -263,7 +278,8 @@ class RankAdaptive(Optimizer):
             before = dict(track.ranks.found)
             nets.append(cut_by(made, chooser, center=track.root, gauged=True))  # type: ignore[arg-type]
             if not self.fixed:
-                self._watch_growth(track, made, before)
+                for key, text in track.limits(before).items():
+                    self._say(key, text)
         if self.budget is not None and not self.fixed:
             nets = self._cut_to_budget([net for net, _ in nets], settling)
         if settling:
@@ -287,32 +303,6 @@ class RankAdaptive(Optimizer):
             sizes = found if settling else track.ranks.wanted(net)
             made.append((cut_by(net, sizes_of(sizes), center=track.root, gauged=True)[0], True))
         return made
-
-    def _watch_growth(self, track: Track, made: Network, before: dict[str, int]) -> None:
-        """Say once where ranks cannot grow: steps that are always cut, or a cap."""
-        own = track.ranks
-        if self.reserve == 0:
-            grown = any(own.found[bond] > before.get(bond, 0) for bond in own.found)
-            lost = [
-                sqrt(max(0.0, float(squares[own.kept[bond]]))) if len(squares) > own.kept[bond] else 0.0
-                for bond, squares in own.spectra.items()
-            ]
-            limit = max(own.theta or 0.0, (own.tol or 0.0) * own.norm) / sqrt(max(1, len(own.found)))
-            idle = max(lost, default=0.0) <= 1e-12 * own.norm
-            track.cut_again = 0 if grown or idle else track.cut_again + 1
-            if track.cut_again >= PATIENCE:
-                self._say(
-                    f"stuck {track.names[0]}",
-                    f"RankAdaptive: ranks of {track.names[0] or 'the layer'} cannot grow: in {PATIENCE} roundings all "
-                    f"that steps added (now {max(lost):.2g}) was under the tolerance ({limit:.2g}) and cut; where the "
-                    "loss is not low enough yet use reserve=1, a smaller tol, a larger lr or longer windows (every=)",
-                )
-        if own.most is not None and any(rank >= own.most for rank in own.found.values()):
-            self._say(
-                "cap",
-                f"RankAdaptive: max_rank={own.most} binds in {track.names[0] or 'the layer'}; the tolerance asks for "
-                "more",
-            )
 
     def _say(self, key: str, text: str) -> None:
         if key not in self._warned:
@@ -346,7 +336,10 @@ class RankAdaptive(Optimizer):
         settling = not self.fixed and self.settle_at is not None and self.steps >= self.settle_at
         closing = settling or self.steps % self.every == 0
         for track in self._tracks:
-            if self._reopened(track):
+            track.check_gradients(self.steps)
+        reopened = self._reopen()
+        for track in self._tracks:
+            if any(track is other for other in reopened):
                 continue
             if self._move(track, group["lr"], group["betas"], group["weight_decay"]) and not closing:
                 for member in track.layers:
@@ -365,8 +358,7 @@ class RankAdaptive(Optimizer):
                 "method='parallel' needs one backward"
             )
         call, group, losses = closure, self.param_groups[0], []
-        for track in self._tracks:
-            self._reopened(track)
+        self._reopen()
 
         def evaluate() -> None:
             with torch.enable_grad():
@@ -381,7 +373,13 @@ class RankAdaptive(Optimizer):
             truncations.append(Truncate(own.tol if adapting else None, own.theta if adapting else None, capped))
         roots = [track.root for track in self._tracks]
         before = [track.window.point for track in self._tracks]
-        nets = step_together(before, roots, truncations, self.method, group["lr"], asked)
+        ranks = [dict(track.ranks.found) for track in self._tracks]
+        try:
+            nets = step_together(before, roots, truncations, self.method, group["lr"], asked)
+        except BaseException:  # interrupted, or the closure's own: the step has not happened
+            for track, net, found in zip(self._tracks, before, ranks, strict=True):
+                track.install(CoreWindow(net, track.root, found))
+            raise
         if self.inner is not None:
             self.inner.step()
         self.steps += 1
@@ -444,8 +442,7 @@ class RankAdaptive(Optimizer):
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Ranks of every layer by the tolerance, without the reserve, in the order of `layer.network.bonds`."""
-        for track in self._tracks:
-            self._reopened(track)
+        self._reopen()
         return {
             name: tuple(track.ranks.found[bond] for bond in track.window.point.bonds)
             for track in self._tracks
@@ -454,8 +451,7 @@ class RankAdaptive(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
-        for track in self._tracks:
-            self._reopened(track)
+        self._reopen()
         group = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         return {
             "tracks": [track.state() for track in self._tracks],

@@ -1,6 +1,7 @@
 """A network in training: the layers that share it, and the state of its step."""
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from decompositions.geometry import gauges
 from tnlayers.layer import NetworkLayer
 from tnlayers.optim.ranks import Ranks
 from tnlayers.window import CoreWindow, Window
+
+PATIENCE = 20
+"""Roundings in a row that cut what the steps had made, after which ranks are said to be stuck."""
 
 
 @dataclass
@@ -46,6 +50,11 @@ class Track:
         return self.layers[0]
 
     @property
+    def name(self) -> str:
+        """Of the first layer, for messages."""
+        return self.names[0] or "the layer"
+
+    @property
     def window(self) -> Window:
         """The window that is open."""
         window = self.layer._window
@@ -64,13 +73,50 @@ class Track:
             self.moment = [m.to(like) for m in self.moment]
             self.second = [v.to(device=like.device) for v in self.second]
 
+    def check_gradients(self, step: int) -> None:
+        """Refuse gradients that are not finite, before anything moves.
+
+        Raises:
+            ValueError: NaN or infinity.
+        """
+        if self.layer._window is None:
+            return
+        found = [p.grad for p in self.layer._active_probes() if p.grad is not None]
+        if found and not bool(torch.stack([torch.linalg.vector_norm(g) for g in found]).isfinite().all()):
+            raise ValueError(
+                f"RankAdaptive: gradients must be finite, got NaN or infinity in {self.name} at step {step}; nothing "
+                "was moved: lower lr, clip, or scale the loss"
+            )
+
+    def limits(self, before: dict[str, int]) -> dict[str, str]:
+        """What keeps ranks from growing after a rounding: steps that are always cut, or a cap."""
+        own, found = self.ranks, {}
+        if own.reserve == 0:
+            grown = any(own.found[bond] > before.get(bond, 0) for bond in own.found)
+            lost = [
+                sqrt(max(0.0, float(squares[own.kept[bond]]))) if len(squares) > own.kept[bond] else 0.0
+                for bond, squares in own.spectra.items()
+            ]
+            limit = max(own.theta or 0.0, (own.tol or 0.0) * own.norm) / sqrt(max(1, len(own.found)))
+            idle = max(lost, default=0.0) <= 1e-12 * own.norm
+            self.cut_again = 0 if grown or idle else self.cut_again + 1
+            if self.cut_again >= PATIENCE:
+                found[f"stuck {self.name}"] = (
+                    f"RankAdaptive: ranks of {self.name} cannot grow: in {PATIENCE} roundings all that steps added "
+                    f"(now {max(lost):.2g}) was under the tolerance ({limit:.2g}) and cut; where the loss is not low "
+                    "enough yet use reserve=1, a smaller tol, a larger lr or longer windows (every=)"
+                )
+        if own.most is not None and any(rank >= own.most for rank in own.found.values()):
+            found["cap"] = f"RankAdaptive: max_rank={own.most} binds in {self.name}; the tolerance asks for more"
+        return found
+
     def state(self) -> dict[str, Any]:
         """All of it as plain data and tensors."""
         return {
             "names": self.names,
             "cores": [core.detach().clone() for core in self.window.point.cores],
             "core": self.window.core,
-            "fresh": self.window.fresh,
+            "fresh": self.window.still(self.layer._active_probes()),
             "probes": [probe.detach().clone() for probe in self.layer.probes],
             "moment": [m.clone() for m in self.moment],
             "second": [v.clone() for v in self.second],
@@ -94,12 +140,12 @@ class Track:
             self.layer.open_window(Window(gauges(net, self.root, gauged=True), state["core"], self.ranks.found))
         else:
             self.layer.open_window(CoreWindow(net, state["core"], self.ranks.found))
-        with torch.no_grad():
-            for probe, value in zip(self.layer.probes, own(state["probes"]), strict=True):
-                probe.copy_(value)
         for twin in self.layers[1:]:
             twin.open_window(self.window, self.layer.probes)
         if not state["fresh"]:
+            with torch.no_grad():
+                for probe, value in zip(self.layer.probes, own(state["probes"]), strict=True):
+                    probe.copy_(value)
             for member in self.layers:
                 member.window_moved()
         self.moment, self.second = own(state["moment"]), [v.to(like.device) for v in state["second"]]
