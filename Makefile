@@ -13,7 +13,7 @@ FULL ?=
   bench-decompositions bench-integrators bench-rank-adaptive bench-gpu
 
 help:
-	@echo "make demo         digits: dense, tensorized and tensor-from-scratch nets; table, figures and a page in runs/"
+	@echo "make demo         digits: dense, tensorized, tensor-from-scratch and rank-adaptive nets; table, figures, a page in runs/"
 	@echo "make test         lint, types, tests, shape-checked tests"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-mnist  the accuracy rows of the README (MNIST=PATH, default ../shared/data/mnist); about 10 minutes"
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/tnlayers train --data digits --seeds 3 --out runs/demo
+	$(BIN)/tnlayers train --data digits --seeds 3 --rank-adaptive --out runs/demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -74,6 +74,20 @@ def test_train_again_skips_and_prints_json(folder):
     assert json.loads(silent.stdout)["rows"] == content["rows"]
 
 
+def test_rank_adaptive_rows_join_those_that_are_there(folder):
+    out, _ = folder
+    result = call("train", "--out", out, *QUICK, "--rank-adaptive", "--checkpoint-every", "2")
+    assert result.exit_code == 0, result.output
+    assert [line.split()[1] for line in result.stdout.splitlines()[2:6]] == [
+        "dense", "tensorized", "scratch", "rank-adaptive",
+    ]  # fmt: skip
+    assert result.stderr.count("found finished") == 3
+    assert ", ranks fc1 " in result.stderr
+    assert (out / "ranks-mlp.png").is_file()
+    content = json.loads(call("train", "--out", out, *QUICK, "--no-rank-adaptive", "--json", "-q").stdout)
+    assert [row["variant"] for row in content["rows"]] == ["dense", "tensorized", "scratch"]
+
+
 def test_other_settings_are_refused_unless_overwritten(folder):
     out, _ = folder
     one_line(call("train", "--out", out, *QUICK, "--lr", "0.01"), 2, str(out), "lr = 0.002", "--overwrite")
@@ -93,6 +107,7 @@ def test_other_settings_are_refused_unless_overwritten(folder):
         (["--epochs", "0"], ["epochs", "got 0"]),
         (["--nets", "mlp,rnn"], ["mlp, rnn"]),
         (["--lr", "nan"], ["lr", "nan"]),
+        (["--checkpoint-every", "0"], ["checkpoint_every", "got 0"]),
         (["--lr", "1e30", "--limit", "50", "--nets", "mlp"], ["lower --lr"]),
         (["--limit", "2"], ["limit", "at least 10"]),
         (["--scratch-share", "0.001"], ["0.1%", "raise the share"]),

@@ -31,11 +31,14 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   tnlayers train --seeds 3 --out runs/three
 
+  tnlayers train --rank-adaptive
+
   tnlayers train --data mnist:PATH --nets cnn --epochs 6
 
   tnlayers train --data cifar10:PATH --limit 5000 --json > result.json
 
-The same command again skips finished rows; Ctrl-C keeps them. Exit codes: 0 done, 2 bad input, 130 interrupted.
+The same command again skips finished rows; Ctrl-C keeps them. A rank-adaptive row goes on from its last checkpoint, bit
+for bit, even after kill -9. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 INSPECT_EXAMPLES = """[bold]Examples[/bold]
@@ -81,6 +84,16 @@ def train(
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     tensorized_share: Annotated[float, typer.Option(help="Parameters kept by the conversion, at most.")] = 0.10,
     scratch_share: Annotated[float, typer.Option(help="Parameters of the net from scratch, at most.")] = 0.08,
+    rank_adaptive: Annotated[
+        bool,
+        typer.Option(
+            "--rank-adaptive/--no-rank-adaptive",
+            help="Also train tensor layers at ranks that the training finds, within the share from scratch.",
+        ),
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints of a rank-adaptive row, from which it goes on.")
+    ] = 200,
     limit: Annotated[int | None, typer.Option(help="Keep that many training and test images.")] = None,
     size: Annotated[int | None, typer.Option(help="Resize to SIZE x SIZE (imagefolder).")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 for small data, else torch's number.")] = None,
@@ -105,6 +118,8 @@ def train(
             lr=lr,
             tensorized_share=tensorized_share,
             scratch_share=scratch_share,
+            rank_adaptive=rank_adaptive,
+            checkpoint_every=checkpoint_every,
             limit=limit,
             size=size,
             threads=threads,
@@ -201,7 +216,7 @@ def _watcher(quiet: bool) -> AbstractContextManager[Callable[[Any], None] | None
 
 def _print_rows(event: Any) -> None:
     """Without a terminal: one line a finished row."""
-    if event.kind in ("row", "skip"):
+    if event.kind in ("row", "skip", "resume"):
         typer.echo(event.label, err=True)
 
 
@@ -211,11 +226,16 @@ class _Bar:
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
+        # where the line is narrow the bar gives way first, then the end of the text (ranks can be many)
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=None, table_column=Column(max_width=40)),
+            TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             console=Console(stderr=True),
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> Callable[[Any], None]:
         self._progress.__enter__()
@@ -226,7 +246,7 @@ class _Bar:
         self._progress.__exit__(*details)
 
     def _show(self, event: Any) -> None:
-        if event.kind in ("row", "skip"):
+        if event.kind in ("row", "skip", "resume"):
             self._progress.console.print(event.label, markup=False, highlight=False)
         self._progress.update(
             self._task, description=event.label.partition(":")[0], completed=event.done, total=event.total or None

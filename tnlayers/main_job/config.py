@@ -15,7 +15,7 @@ import torch
 
 from tnlayers.main_job.data import Dataset
 from tnlayers.main_job.nets import NETS
-from tnlayers.main_job.rows import JobError
+from tnlayers.main_job.rows import ADAPTIVE, VARIANTS, JobError
 
 SMALL_DATA = 10_000
 """Training images below which an epoch is short: more epochs and smaller batches by default."""
@@ -37,7 +37,9 @@ class JobConfig:
         lr: peak learning rate of AdamW.
         finetune_lr: the same after conversion; None is half of lr.
         tensorized_share: parameters of the converted network, as a part of the dense one's, at most.
-        scratch_share: the same for tensor layers from scratch.
+        scratch_share: the same for tensor layers from scratch, and for the rank-adaptive ones.
+        rank_adaptive: also train tensor layers at ranks that the training finds.
+        checkpoint_every: steps between two checkpoints of a rank-adaptive row, from which the same call continues.
         limit: training images to keep, and as many test images.
         size: height and width to resize to (imagefolder).
         threads: CPU threads; None is 1 below 10,000 training images (small matrices gain nothing by more), else torch's
@@ -64,13 +66,17 @@ class JobConfig:
     finetune_lr: float | None = None
     tensorized_share: float = 0.10
     scratch_share: float = 0.08
+    rank_adaptive: bool = False
+    checkpoint_every: int = 200
     limit: int | None = None
     size: int | None = None
     threads: int | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "finetune_epochs", "epochs", "batch_size", "limit", "size", "threads"):
+        for name in (
+            "seeds", "finetune_epochs", "epochs", "batch_size", "checkpoint_every", "limit", "size", "threads",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise JobError(f"train: {name} must be at least 1, got {value}")
@@ -92,6 +98,11 @@ class JobConfig:
         """Seeds of the runs."""
         return tuple(range(self.seed, self.seed + self.seeds))
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What is trained of every network, in the order of the table."""
+        return tuple(variant for variant in VARIANTS if self.rank_adaptive or variant != ADAPTIVE)
+
     def complete(self, data: Dataset) -> JobConfig:
         """Return the same settings with the defaults that depend on the data filled in."""
         small = len(data.train_x) < SMALL_DATA
@@ -106,7 +117,7 @@ class JobConfig:
 
 
 def settings_of(config: JobConfig, data: Dataset) -> dict[str, Any]:
-    """Everything the numbers of a row depend on, but for its network and seed; what a user sets comes first."""
+    """Everything the numbers of a row depend on, but for network, variant and seed; what a user sets comes first."""
     name, colon, path = config.data.partition(":")
     digest = hashlib.sha256()
     for tensor in (data.train_y, data.test_y, data.train_x, data.test_x):

@@ -1,6 +1,7 @@
-"""The main job: dense networks, their conversions, and tensor layers from scratch, trained alike and compared.
+"""The main job: dense networks, conversions, tensor layers from scratch and at ranks found; trained alike, compared.
 
-`run` trains every (network, variant, seed), writes each finished row at once, and can be interrupted and resumed.
+`run` trains every (network, variant, seed), writes each finished row at once, and can be interrupted and resumed;
+rank-adaptive rows also in their middle.
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ from torch import nn
 
 from tnlayers.checkpoint import load, save
 from tnlayers.convert import tensorize
+from tnlayers.main_job.adaptive import Checkpoint, train_adaptive
 from tnlayers.main_job.config import JobConfig, hardware_facts, settings_of
 from tnlayers.main_job.data import Dataset, load_data
-from tnlayers.main_job.nets import choose_recipes, dense_net, parameter_count, scratch_net
+from tnlayers.main_job.nets import adaptive_net, choose_recipes, dense_net, parameter_count, scratch_net
+from tnlayers.main_job.rank_log import in_words, log_name
 from tnlayers.main_job.result import JobResult
 from tnlayers.main_job.results_page import write_outputs
-from tnlayers.main_job.rows import DENSE, SCRATCH, TENSORIZED, VARIANTS, JobError, Row, RowStore
-from tnlayers.main_job.training import INFERENCE_BATCH, Training, accuracy, flops_per_sample, inference_ms, train
+from tnlayers.main_job.rows import ADAPTIVE, DENSE, SCRATCH, TENSORIZED, JobError, Key, Row, RowStore
+from tnlayers.main_job.training import (
+    INFERENCE_BATCH,
+    StepProgress,
+    Training,
+    accuracy,
+    flops_per_sample,
+    inference_ms,
+    train,
+)
+from tnlayers.optim import RankAdaptive
 from tnlayers.surgery import network_layers
 
 
@@ -31,7 +43,8 @@ class Event:
     """What `run` tells its progress callback.
 
     Args:
-        kind: "data" (decoding), "step" (training), "row" (one finished) or "skip" (one found finished).
+        kind: "data" (decoding), "step" (training), "row" (one finished), "skip" (one found finished) or "resume" (one
+            continues from its checkpoint).
         label: what is being done, for people.
         done: images or epochs so far, over the whole job.
         total: images or epochs in all.
@@ -50,7 +63,8 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
     """Train and compare; write rows, models, conversion reports, figures and the page `index.html` to `config.out`.
 
     Every finished row is written at once. The same call again skips the rows that are there; an interruption
-    (KeyboardInterrupt) loses no finished row.
+    (KeyboardInterrupt) loses no finished row. A rank-adaptive row continues from its last checkpoint, even after
+    `kill -9`, and ends with the same weights bit for bit.
 
     Args:
         config: what to do.
@@ -80,7 +94,7 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
         settings = settings_of(config, data)
         with RowStore.open(Path(config.out), settings, overwrite=config.overwrite) as store:
             trained = _Runner(config, data, store, watch).run()
-            rows = store.select(config.nets, config.seed_list)
+            rows = store.select(config.nets, config.seed_list, config.variants)
             hardware = hardware_facts()
             result = JobResult(rows, settings, hardware, store.folder, trained, time.perf_counter() - start)
             write_outputs(result, data)
@@ -123,8 +137,11 @@ class _Runner:
     def run(self) -> int:
         """Train what is missing; the number of rows trained."""
         jobs = [(net, seed) for net in self.config.nets for seed in self.config.seed_list]
-        keys = [(net, variant, seed) for net, seed in jobs for variant in VARIANTS]
+        keys = [(net, variant, seed) for net, seed in jobs for variant in self.config.variants]
         missing = [key for key in keys if key not in self.store]
+        for net, variant, seed in keys:
+            if variant == ADAPTIVE and (self.config.overwrite or (net, variant, seed) in self.store):
+                self._checkpoint(net, seed).remove()
         self.total = float(sum(self._epochs(variant) for _, variant, _ in missing))
         for net, variant, seed in keys:
             if (net, variant, seed) not in missing:
@@ -134,7 +151,7 @@ class _Runner:
         return len(missing)
 
     def _train_missing(self, net: str, seed: int) -> None:
-        todo = [variant for variant in VARIANTS if (net, variant, seed) not in self.store]
+        todo = [variant for variant in self.config.variants if (net, variant, seed) not in self.store]
         dense: nn.Module | None = None
         if DENSE in todo:
             dense = self._dense(net, seed, record=True)
@@ -142,6 +159,8 @@ class _Runner:
             self._tensorized(net, seed, dense if dense is not None else self._dense_again(net, seed))
         if SCRATCH in todo:
             self._scratch(net, seed)
+        if ADAPTIVE in todo:
+            self._adaptive(net, seed)
 
     def _epochs(self, variant: str) -> int:
         epochs = self.config.finetune_epochs if variant == TENSORIZED else self.config.epochs
@@ -186,11 +205,53 @@ class _Runner:
         trained = self._fit(model, net, SCRATCH, seed)
         self._finish(model, net, SCRATCH, seed, trained, start)
 
+    def _adaptive(self, net: str, seed: int) -> None:
+        start, epochs, config = time.perf_counter(), self._epochs(ADAPTIVE), self.config
+        assert config.batch_size is not None
+        shape, classes = self.data.shape, len(self.data.classes)
+        checkpoint = self._checkpoint(net, seed)
+
+        def resumed(done: int, steps: int) -> None:
+            label = f"{net} {ADAPTIVE}, seed {seed}: continues after step {done} of {steps}"
+            self.watch(Event("resume", label, self.done + epochs * done / steps, self.total))
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, trained = train_adaptive(
+                lambda: adaptive_net(net, shape, classes, config.scratch_share),
+                self.data,
+                epochs=epochs,
+                batch_size=config.batch_size,
+                lr=config.lr,
+                seed=seed,
+                log=self.store.path(log_name(net, seed)),
+                checkpoint=checkpoint,
+                progress=lambda optimizer: self._ticker(net, ADAPTIVE, seed, optimizer),
+                resumed=resumed,
+            )
+        self.done += epochs
+        self._finish(model, net, ADAPTIVE, seed, trained, start)
+        checkpoint.remove()
+
+    def _checkpoint(self, net: str, seed: int) -> Checkpoint:
+        key: Key = (net, ADAPTIVE, seed)
+        identity = {"settings": self.store.settings, "row": list(key)}
+        file = self.store.path(f"checkpoints/{net}-{ADAPTIVE}-seed{seed}.pt")
+        return Checkpoint(file, identity, self.config.checkpoint_every)
+
     def _fit(self, model: nn.Module, net: str, variant: str, seed: int) -> Training:
         epochs, config = self._epochs(variant), self.config
         assert config.batch_size is not None
         assert config.finetune_lr is not None
-        base = self.done
+        lr = config.finetune_lr if variant == TENSORIZED else config.lr
+        tick = self._ticker(net, variant, seed)
+        trained = train(model, self.data, epochs=epochs, batch_size=config.batch_size, lr=lr, seed=seed, progress=tick)
+        self.done += epochs
+        return trained
+
+    def _ticker(self, net: str, variant: str, seed: int, optimizer: RankAdaptive | None = None) -> StepProgress:
+        """Tell how far a row is, ten times a second; with its ranks, where they change."""
+        base, epochs = self.done, self._epochs(variant)
 
         def tick(done: int, steps: int) -> None:
             now = time.perf_counter()
@@ -198,12 +259,11 @@ class _Runner:
                 self.last_tick = now
                 epoch = min(epochs, done * epochs // steps + 1)
                 label = f"{net} {variant}, seed {seed}, epoch {epoch}/{epochs}"
+                if optimizer is not None:
+                    label += f", ranks {in_words(optimizer.ranks())}"
                 self.watch(Event("step", label, base + epochs * done / steps, self.total))
 
-        lr = config.finetune_lr if variant == TENSORIZED else config.lr
-        trained = train(model, self.data, epochs=epochs, batch_size=config.batch_size, lr=lr, seed=seed, progress=tick)
-        self.done = base + epochs
-        return trained
+        return tick
 
     def _model_file(self, net: str, variant: str, seed: int) -> Path:
         return self.store.path(f"models/{net}-{variant}-seed{seed}.safetensors")
@@ -237,11 +297,14 @@ class _Runner:
             inference_batch=len(images),
             file_bytes=file.stat().st_size,
             epochs=self._epochs(variant),
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - start + trained.earlier,
             curve=trained.curve,
             networks={name: repr(layer.network) for name, layer in network_layers(model)},
             file=file.relative_to(self.store.folder).as_posix(),
             report=report,
         )
         self.store.add(row)
-        self.watch(Event("row", f"{net} {variant}, seed {seed}: {100 * row.accuracy:.2f} %", self.done, self.total))
+        label = f"{net} {variant}, seed {seed}: {100 * row.accuracy:.2f} %"
+        if variant == ADAPTIVE:
+            label += f", ranks {in_words({name: layer.network.ranks for name, layer in network_layers(model)}, 80)}"
+        self.watch(Event("row", label, self.done, self.total))

@@ -18,6 +18,9 @@ from tnlayers.linear import Linear
 
 NETS = ("mlp", "cnn")
 HIDDEN = 512
+START_RANK = 2
+START_SIZE = 0.1
+"""Start of the rank-adaptive layers, of torch's standard deviation: a full one would be what the tolerance measures."""
 SMALLEST_SIDE = 8
 LENET_SIDE = 20
 """Images of at least this side get the 5 x 5 kernels of LeNet, smaller ones 3 x 3."""
@@ -169,6 +172,46 @@ def scratch_networks(model: nn.Module, share: float) -> dict[str, RandomNetwork]
         if fits:
             return fits[-1]
     raise _too_small("scratch_net", share, model, major)
+
+
+def adaptive_net(net: str, shape: Shape, classes: int, share: float) -> tuple[nn.Sequential, int]:
+    """Return the network of `scratch_net` at small ranks and small weights, and what its ranks may grow to.
+
+    Args:
+        net: "mlp" or "cnn".
+        shape: (channels, height, width) of an image.
+        classes: width of the output.
+        share: parameters allowed, as a part of the dense network's.
+
+    Returns:
+        The network, and the parameters that its tensor layers may hold together.
+
+    Raises:
+        ValueError: the layers that stay dense leave too little for rank 1.
+
+    Example:
+        >>> model, budget = adaptive_net("cnn", (1, 28, 28), 10, share=0.08)
+        >>> model.fc1.network.ranks, budget
+        ((2,), 28406)
+    """
+    model = dense_net(net, shape, classes)
+    major = major_layers(model)
+    budget = int(share * parameter_count(model) - _kept(model, major))
+    if budget < _numel(_small(major, 1), major):
+        raise _too_small("adaptive_net", share, model, major)
+    for name, factory in _small(major, START_RANK).items():
+        setattr(model, name, _fresh(major[name], factory))
+    return model, budget
+
+
+def _small(major: dict[str, Dense], rank: int) -> dict[str, RandomNetwork]:
+    """Factories of the formats of `scratch_net` at one rank for every bond."""
+    return {
+        name: random_network(Tucker, rank=rank, modes=(0, 1), gain=START_SIZE)
+        if isinstance(module, nn.Conv2d)
+        else random_network(TTMatrix, rank=rank, order=2, gain=START_SIZE)
+        for name, module in major.items()
+    }
 
 
 def _networks(major: dict[str, Dense], rank: int, halvings: int) -> dict[str, RandomNetwork]:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from tnlayers.files import write_atomic
 from tnlayers.page import Cell, Column, compact, number, percent, text_table
 
-DENSE, TENSORIZED, SCRATCH = VARIANTS = ("dense", "tensorized", "scratch")
+DENSE, TENSORIZED, SCRATCH, ADAPTIVE = VARIANTS = ("dense", "tensorized", "scratch", "rank-adaptive")
 KIND, VERSION = "tnlayers rows", 1
 ROWS_FILE, LOCK_FILE = "rows.json", ".lock"
 
@@ -32,7 +32,8 @@ class Row:
 
     Args:
         net: "mlp" or "cnn".
-        variant: "dense", "tensorized" (converted, then fine-tuned) or "scratch" (tensor layers from the start).
+        variant: "dense", "tensorized" (converted, then fine-tuned), "scratch" (tensor layers from the start) or
+            "rank-adaptive" (the same at ranks that the training finds).
         seed: of the initial weights and of the order of the images.
         accuracy: of the test images after the last epoch, in 0..1.
         accuracy_before: of the converted network before fine-tuning.
@@ -158,9 +159,9 @@ class RowStore:
         self._rows[row.key] = row
         self._write()
 
-    def select(self, nets: Sequence[str], seeds: Sequence[int]) -> tuple[Row, ...]:
-        """Rows of these networks and seeds, in the order of the table."""
-        keys = [(net, variant, seed) for net in nets for variant in VARIANTS for seed in seeds]
+    def select(self, nets: Sequence[str], seeds: Sequence[int], variants: Sequence[str] = VARIANTS) -> tuple[Row, ...]:
+        """Rows of these networks, seeds and variants, in the order of the table."""
+        keys = [(net, variant, seed) for net in nets for variant in variants for seed in seeds]
         return tuple(self._rows[key] for key in keys if key in self._rows)
 
     def _prepare(self) -> None:
@@ -299,7 +300,8 @@ COLUMNS = (
     Column(
         "variant",
         "dense: torch.nn layers. tensorized: the trained dense network converted, then fine-tuned. scratch: tensor "
-        "layers from random networks, trained as the dense ones.",
+        "layers from random networks, trained as the dense ones. rank-adaptive: the same, at ranks that the training "
+        "finds, with twice the learning rate.",
     ),
     Column("accuracy", "Percent of the test images, after the last epoch; ± sample standard deviation.", numeric=True),
     Column("vs dense", "Points of accuracy above (+) or below the dense network.", numeric=True),

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +35,37 @@ class Training:
         curve: test accuracy after every epoch, in 0..1.
         step_ms: median milliseconds of one step (forward, backward, update).
         steps: how many.
+        earlier: seconds that earlier, interrupted calls had spent.
     """
 
     curve: tuple[float, ...]
     step_ms: float
     steps: int
+    earlier: float = 0.0
+
+
+@dataclass
+class Course:
+    """Where a training run stands, between two steps: with the model and its optimizer, all that the rest depends on.
+
+    Args:
+        order: state of the generator of the image orders, before it drew that of the present epoch.
+        step: steps done, over all epochs.
+        curve: accuracy after every finished epoch.
+        times: milliseconds of every step.
+        earlier: seconds that earlier, interrupted calls had spent.
+    """
+
+    order: Tensor
+    step: int = 0
+    curve: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    earlier: float = 0.0
+
+    @classmethod
+    def of(cls, seed: int) -> Course:
+        """The beginning."""
+        return cls(torch.Generator().manual_seed(seed).get_state())
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -64,8 +90,12 @@ def train(
     lr: float,
     seed: int,
     progress: StepProgress | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    evaluated: Callable[[nn.Module], nn.Module] | None = None,
+    course: Course | None = None,
+    stepped: Callable[[Course, float], None] | None = None,
 ) -> Training:
-    """Minimize cross-entropy by AdamW under `learning_rate`, in place.
+    """Minimize cross-entropy under `learning_rate`, in place.
 
     Args:
         model: images -> logits.
@@ -75,6 +105,10 @@ def train(
         lr: peak learning rate.
         seed: of the order of the images.
         progress: called as (steps done, steps in all).
+        optimizer: of the model; AdamW by default. All its groups follow the schedule.
+        evaluated: gives the model whose accuracy counts; the model itself by default.
+        course: where to continue; the beginning by default.
+        stepped: called as (course, loss) after every step.
 
     Raises:
         TrainingError: the loss is no longer finite.
@@ -85,37 +119,48 @@ def train(
         >>> train(model, data, epochs=1, batch_size=20, lr=0.01, seed=0).steps
         3
     """
-    generator = torch.Generator().manual_seed(seed)
     count = len(data.train_x)
-    steps = epochs * math.ceil(count / batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
-    curve: list[float] = []
-    times: list[float] = []
-    for epoch in range(epochs):
+    each = math.ceil(count / batch_size)
+    steps = epochs * each
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
+    if course is None:
+        course = Course.of(seed)
+    generator = torch.Generator()
+    generator.set_state(course.order)
+    for epoch in range(len(course.curve), epochs):
         model.train()
-        for rows in torch.randperm(count, generator=generator).split(batch_size):
+        course.order = generator.get_state()
+        batches = torch.randperm(count, generator=generator).split(batch_size)
+        for rows in batches[course.step - epoch * each :]:
             x, y = data.train_x[rows], data.train_y[rows]
-            optimizer.param_groups[0]["lr"] = learning_rate(len(times), steps, lr)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(course.step, steps, lr)
             start = time.perf_counter()
             loss = _step(model, optimizer, x, y)
-            times.append(1e3 * (time.perf_counter() - start))
+            course.times.append(1e3 * (time.perf_counter() - start))
+            course.step += 1
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"train: the loss must stay finite, got {loss} in epoch {epoch + 1}, step {len(times)} "
+                    f"train: the loss must stay finite, got {loss} in epoch {epoch + 1}, step {course.step} "
                     f"(lr = {lr:g}); lower --lr"
                 )
+            if stepped is not None:
+                stepped(course, loss)
             if progress is not None:
-                progress(len(times), steps)
-        curve.append(accuracy(model, data.test_x, data.test_y))
-    return Training(tuple(curve), statistics.median(times), steps)
+                progress(course.step, steps)
+        course.curve.append(accuracy(model if evaluated is None else evaluated(model), data.test_x, data.test_y))
+    return Training(tuple(course.curve), statistics.median(course.times), steps, course.earlier)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     loss.backward()
-    optimizer.step()
-    return loss.item()
+    value = loss.item()
+    if math.isfinite(value):  # an optimizer that decomposes what it moves has its own words for NaN
+        optimizer.step()
+    return value
 
 
 @torch.no_grad()
