@@ -428,10 +428,6 @@ def quality(store: Store, arguments: argparse.Namespace) -> list[dict[str, Any]]
     return rows
 
 
-def adaptive(entry: dict[str, Any]) -> bool:
-    return bool(entry["arm"] == "rank-adaptive")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", action="store_true", help="one process of the step row; prints JSON")
@@ -477,10 +473,7 @@ def main() -> None:
                 entry.get("start", ""),
                 f"{100 * entry['keep']:.1f} %",
                 f"{entry['accuracy']:.2f}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.2f}"),
-                *(
-                    REACH.get((entry["net"], entry.get("share", 1.0)), ("", ""))[: 2 if adaptive(entry) else 0]
-                    or ("", "")
-                ),
+                *(REACH[entry["net"], entry["share"]] if entry["arm"] == "rank-adaptive" else ("", "")),
                 f"{entry['lr']:g}",
             ]
             for entry in found

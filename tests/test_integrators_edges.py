@@ -161,3 +161,12 @@ def test_max_rank_alone_does_not_grow():
     drive = torch.randn(9, 9, dtype=F64, generator=generator(2))
     assert integrate(lambda t, y: drive, net, (0.0, 1.0), 3, max_rank=9).ranks[-1] == (3, 3)
     assert integrate(lambda t, y: drive, net, (0.0, 1.0), 3, max_rank=2).ranks[-1] == (2, 2)
+
+
+def test_splitting_of_a_matrix_asks_three_times():
+    """K, -S, L as published: the middle core of LowRank takes no steps of its own."""
+    net = LowRank.random(row_modes=(5,), col_modes=(4,), rank=2, dtype=F64, generator=generator(1))
+    for method, wanted in (("splitting", 3), ("strang", 6), ("bug", 3)):
+        calls = []
+        integrate(lambda t, y, calls=calls: calls.append(t) or -y, net, (0.0, 0.1), 1, method=method, substep="euler")
+        assert len(calls) == wanted, method
