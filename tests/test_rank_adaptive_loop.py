@@ -441,3 +441,23 @@ def test_a_frozen_weight_follows_a_step():
         after = model(x)
         tnlayers.thaw(model)
         torch.testing.assert_close(after, model(x))
+
+
+@pytest.mark.parametrize("options", [{"budget": 900}, {"budget": 1500, "every": 3}, {"reserve": 100, "settle": 8}])
+def test_bonds_hold_nothing_that_their_neighbours_make_redundant(options):
+    """Two bonds of one matrix keep one rank, under a budget and at settling too, on every route of the gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        tnlayers.Linear(16, 24, network=network(LowRank, rank=2)),
+        nn.ReLU(),
+        tnlayers.Linear(24, 64, network=network(LowRank, rank=3)),
+        nn.ReLU(),
+        tnlayers.Linear(64, 5, network=network(LowRank, rank=2)),
+    )
+    optimizer = RankAdaptive(model, 0.02, tol=0.02, **options)
+    for k in range(12):
+        loop(model, optimizer, range(k, k + 1))
+        for ranks in optimizer.ranks().values():
+            assert ranks[0] == ranks[1]
+        for layer in (model[0], model[2], model[4]):
+            assert layer._window.point.ranks[0] == layer._window.point.ranks[1]

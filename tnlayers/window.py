@@ -102,7 +102,8 @@ class Window:
 
     def multiply(self, x: Tensor, probes: Sequence[Tensor]) -> Tensor | None:
         """`x W^T` at the point itself by the two-gauge chain, x (batch, columns); None once it has moved."""
-        if not self.at_point(probes):
+        square = all(link.shape[0] == link.shape[1] for link in self.at.links.values())
+        if not square or not self.at_point(probes):
             return None
         if self._chain is None:
             self._chain = Chain(self.at, chain_path(self.at))

@@ -284,7 +284,10 @@ class RankAdaptive(Optimizer):
             nets = self._cut_to_budget([net for net, _ in nets], settling)
         if settling:
             self.fixed = True
-        for track, (net, _) in zip(self._tracks, nets, strict=True):
+        for track, (cut, _) in zip(self._tracks, nets, strict=True):
+            net, sizes = cut, track.ranks.consistent(cut)
+            if tuple(sizes.values()) != cut.ranks:
+                net = cut_by(cut, sizes_of(sizes), center=track.root, gauged=True)[0]
             track.ranks.kept = dict(zip(net.bonds, net.ranks, strict=True))
             if self.fixed:
                 track.ranks.found = dict(track.ranks.kept)

@@ -85,7 +85,14 @@ class Ranks:
     def wanted(self, net: Network) -> dict[str, int]:
         """Sizes that the bonds of a network should have: found and reserve, as far as possible."""
         possible = dict(zip(net.bonds, possible_ranks(net), strict=True))
-        return {bond: self._with_reserve(rank, self.reserve, possible[bond]) for bond, rank in self.found.items()}
+        sizes = {bond: self._with_reserve(rank, self.reserve, possible[bond]) for bond, rank in self.found.items()}
+        return limit(net, sizes)
+
+    def consistent(self, net: Network) -> dict[str, int]:
+        """Sizes of a network's bonds without what is redundant beside its neighbours; the found ranks follow."""
+        sizes = limit(net, dict(zip(net.bonds, net.ranks, strict=True)))
+        self.found = {bond: min(rank, sizes[bond]) for bond, rank in self.found.items()}
+        return sizes
 
 
 def _rank(squares: Tensor, limit: float) -> int:
@@ -131,13 +138,19 @@ def within_budget(nets: Sequence[Network], ranks: Sequence[Ranks], budget: int) 
             )
         _, k, bond = best
         chosen[k][bond] -= 1
-        _limit(nets[k], chosen[k])
+        limit(nets[k], chosen[k])
         counts[k] = _count(nets[k], chosen[k])
     return chosen
 
 
-def _limit(net: Network, sizes: dict[str, int]) -> None:
-    """Lower every bond to what the other legs of its two cores allow."""
+def limit(net: Network, sizes: dict[str, int]) -> dict[str, int]:
+    """Lower every bond to what the other legs of its two cores allow, in place; more would be redundant.
+
+    Example:
+        >>> from decompositions import LowRank
+        >>> limit(LowRank.random(row_modes=(9,), col_modes=(9,), rank=5), {"a": 5, "b": 3})
+        {'a': 3, 'b': 3}
+    """
     known = {**net.sizes, **sizes}
     changed = True
     while changed:
@@ -148,6 +161,7 @@ def _limit(net: Network, sizes: dict[str, int]) -> None:
                 if known[bond] > most:
                     known[bond] = sizes[bond] = most
                     changed = True
+    return sizes
 
 
 def _count(net: Network, sizes: Mapping[str, int]) -> int:
