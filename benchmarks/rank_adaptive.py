@@ -2,7 +2,7 @@
 
 python benchmarks/rank_adaptive.py            short rows: 3 epochs, 2 seeds; about 25 minutes
 python benchmarks/rank_adaptive.py --full     20 epochs, 5 seeds; hours, continues where it was interrupted
-python benchmarks/rank_adaptive.py --only step,mnist
+python benchmarks/rank_adaptive.py --only step,lenet
 
 Every finished run is kept in --out; the same command continues there. All arms of a row get the same epochs, batches,
 schedule, and the same trials of their learning rate (seed 100, one epoch of 20,000 images, 10,000 others held out).
@@ -403,8 +403,8 @@ def step_one() -> dict[str, Any]:
 def quality(store: Store, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     epochs, seeds = (20, 5) if arguments.full else (3, 2)
     only, rows = arguments.only, []
-    if "mnist" in only:
-        data = load_data(f"mnist:{arguments.mnist}")
+    data = load_data(f"mnist:{arguments.mnist}") if {"lenet", "mlp"} & set(only) else None
+    if "lenet" in only:
         rows.append(row(store, data, "lenet", "dense", epochs, seeds))
         sizes = [(0.07, "low_rank"), (0.05, "low_rank"), (0.03, "ttm")]
         if arguments.full:
@@ -413,6 +413,7 @@ def quality(store: Store, arguments: argparse.Namespace) -> list[dict[str, Any]]
             rows.append(row(store, data, "lenet", "rank-adaptive", epochs, seeds, share=share, format=format))
         for arm in ("fixed rank", "prune ranks", "SVD, then fine-tune"):
             rows.append(row(store, data, "lenet", arm, epochs, seeds, share=0.03, format="ttm"))
+    if "mlp" in only:
         rows.append(row(store, data, "mlp", "dense", epochs, seeds))
         for start in (8, 64, 256):
             rows.append(
@@ -432,7 +433,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", action="store_true", help="one process of the step row; prints JSON")
     parser.add_argument("--full", action="store_true", help="20 epochs, 5 seeds")
-    parser.add_argument("--only", default="step,mnist,cifar", help="which rows")
+    parser.add_argument("--only", default="step,lenet,mlp,cifar", help="which rows")
     parser.add_argument("--mnist", default="../shared/data/mnist")
     parser.add_argument("--cifar", default="../shared/data/cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-rank-adaptive.json"))
