@@ -131,7 +131,7 @@ def tolerance_of(model: nn.Module, share: float, whole: int) -> int:
 class Loop:
     """Epochs of one schedule over one data set."""
 
-    def __init__(self, data: Dataset, epochs: int, seed: int, channels_last: bool = False) -> None:
+    def __init__(self, data: Dataset, epochs: int, seed: int) -> None:
         self.data, self.epochs = data, epochs
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = epochs * math.ceil(len(data.train_x) / BATCH)

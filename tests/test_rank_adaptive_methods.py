@@ -175,7 +175,7 @@ def test_closures_are_asked_for_and_options_of_windows_refused():
     optimizer = RankAdaptive(layer, 0.1, method="augmented", tol=0.1)
     with pytest.raises(ValueError, match="needs several gradients a step"):
         optimizer.step()
-    for options in ({"every": 2}, {"budget": 100}, {"window": "center"}):
+    for options in ({"every": 2}, {"budget": 100}, {"window": "center"}, {"min_rank": 2}):
         with pytest.raises(ValueError, match="has no windows and no budget"):
             RankAdaptive(layer, 0.1, method="augmented", **options)
     with pytest.raises(ValueError, match="keeps the ranks"):

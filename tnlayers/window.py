@@ -125,7 +125,7 @@ class CoreWindow(Window):
     """One core of a network moves, the others are as they are: what a scheme asks the gradient of."""
 
     def __init__(self, point: Network, core: int, ranks: dict[str, int]) -> None:
-        self.point, self.core, self.ranks, self.fresh, self._chain = point, core, ranks, True, None
+        self.point, self.core, self.ranks, self.fresh = point, core, ranks, True
         self._stamps = []
 
     def shape(self, core: int) -> tuple[int, ...]:
@@ -217,14 +217,11 @@ class Movable(Freezable):
                         parameter.zero_()
                 else:
                     resize_(parameter, window.point.cores[k].new_zeros(shape))
-        resized = self._window is None or self._window.point.ranks != window.point.ranks
-        resized = resized or self._window is None or self._window.core != window.core
-        ranks = None if self._window is None else self._window.point.ranks
-        self._window = window
+        old, self._window = self._window, window
         window.watch(self._active_probes())
-        if resized or not window.fresh:
+        if old is None or (old.point.ranks, old.core) != (window.point.ranks, window.core) or not window.fresh:
             self._replan()
-        if ranks is not None and ranks != window.point.ranks:
+        if old is not None and old.point.ranks != window.point.ranks:
             announce(self, list(self.cores), resized=True)
 
     def close_window(self) -> None:

@@ -29,7 +29,7 @@ from tnlayers.layer import NetworkLayer
 from tnlayers.optim.growth import widen_bonds
 from tnlayers.optim.models import centers, sizes_of, trees
 from tnlayers.optim.options import check_options
-from tnlayers.optim.ranks import Ranks, within_budget
+from tnlayers.optim.ranks import Ranks, check_budget, within_budget
 from tnlayers.optim.together import Gradients, step_together
 from tnlayers.optim.track import Track
 from tnlayers.window import CoreWindow, Window
@@ -134,10 +134,10 @@ class RankAdaptive(Optimizer):
         if method not in SCHEMES:
             raise ValueError(f"RankAdaptive: method must be one of {tuple(SCHEMES)}, got {method!r}")
         self._by_closure = method != "parallel"
-        if self._by_closure and (every != 1 or budget is not None or window != "tangent"):
+        if self._by_closure and (every != 1 or budget is not None or window != "tangent" or min_rank != 1):
             raise ValueError(
-                f"RankAdaptive: method={method!r} has no windows and no budget, expected every=1, budget=None and "
-                "window='tangent'; the default method has"
+                f"RankAdaptive: method={method!r} has no windows and no budget, expected every=1, budget=None, "
+                f"window='tangent' and min_rank=1, got {every}, {budget}, {window!r} and {min_rank}; the default has"
             )
         if method in FIXED and (tol is not None or theta is not None or max_rank is not None):
             raise ValueError(
@@ -165,6 +165,8 @@ class RankAdaptive(Optimizer):
                 "RankAdaptive: the model must have a layer whose weight is a tree network with trainable cores, found "
                 "none; tensorize the model first, or use torch.optim.AdamW"
             )
+        if budget is not None:
+            check_budget([track.layer.network for track in self._tracks], min_rank, budget)
         own = {id(p) for track in self._tracks for layer in track.layers for p in layer.cores}
         for track in self._tracks:
             self._open(track, first=True)
@@ -258,33 +260,32 @@ class RankAdaptive(Optimizer):
         self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
 
     @torch.no_grad()
-    def _moved(self, track: Track) -> tuple[Network, bool]:
-        """The weight at the end of a window, as a tree centered at the root (True) or anyhow (False)."""
+    def _moved(self, track: Track) -> Network:
+        """The weight at the end of a window, as a tree centered at the root."""
         window, layer = track.window, track.layer
         if window.core is not None:
-            return layer._contracted.detach(), False
+            return orthogonalize(layer._contracted.detach(), track.root)
         # what rounding left of the deltas along U, extend drops
-        return extend(Tangent(window.at, tuple(probe.detach() for probe in layer.probes))), True
+        moved: Network = extend(Tangent(window.at, tuple(probe.detach() for probe in layer.probes)))
+        return moved
 
     @torch.no_grad()
     def _close(self, *, settling: bool = False) -> None:
         """Round every network, choose ranks, open the next windows."""
-        nets: list[tuple[Network, bool]] = []
+        nets: list[Network] = []
         for track in self._tracks:
-            made, gauged = self._moved(track)
-            if not gauged:
-                made = orthogonalize(made, track.root)
+            made = self._moved(track)
             chooser = track.ranks.chooser(made, fixed=self.fixed, reserve=0 if settling else None)
             before = dict(track.ranks.found)
-            nets.append(cut_by(made, chooser, center=track.root, gauged=True))  # type: ignore[arg-type]
+            nets.append(cut_by(made, chooser, center=track.root, gauged=True)[0])
             if not self.fixed:
                 for key, text in track.limits(before).items():
                     self._say(key, text)
         if self.budget is not None and not self.fixed:
-            nets = self._cut_to_budget([net for net, _ in nets], settling)
+            nets = self._cut_to_budget(nets, settling)
         if settling:
             self.fixed = True
-        for track, (cut, _) in zip(self._tracks, nets, strict=True):
+        for track, cut in zip(self._tracks, nets, strict=True):
             net, sizes = cut, track.ranks.consistent(cut)
             if tuple(sizes.values()) != cut.ranks:
                 net = cut_by(cut, sizes_of(sizes), center=track.root, gauged=True)[0]
@@ -294,17 +295,16 @@ class RankAdaptive(Optimizer):
             self._open(track, net)
         self.history.append({"step": self.steps, "ranks": self.ranks()})
 
-    def _cut_to_budget(self, nets: list[Network], settling: bool) -> list[tuple[Network, bool]]:
+    def _cut_to_budget(self, nets: list[Network], settling: bool) -> list[Network]:
         assert self.budget is not None
         chosen = within_budget(nets, [track.ranks for track in self._tracks], self.budget)
         made = []
         for track, net, found in zip(self._tracks, nets, chosen, strict=True):
-            if found == track.ranks.found:
-                made.append((net, True))
-                continue
-            track.ranks.found = found
-            sizes = found if settling else track.ranks.wanted(net)
-            made.append((cut_by(net, sizes_of(sizes), center=track.root, gauged=True)[0], True))
+            if found != track.ranks.found:
+                track.ranks.found = found
+                sizes = found if settling else track.ranks.wanted(net)
+                net = cut_by(net, sizes_of(sizes), center=track.root, gauged=True)[0]
+            made.append(net)
         return made
 
     def _say(self, key: str, text: str) -> None:
@@ -335,11 +335,11 @@ class RankAdaptive(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
+        for track in self._tracks:
+            track.check_gradients(self.steps + 1)
         self.steps += 1
         settling = not self.fixed and self.settle_at is not None and self.steps >= self.settle_at
         closing = settling or self.steps % self.every == 0
-        for track in self._tracks:
-            track.check_gradients(self.steps)
         reopened = self._reopen()
         for track in self._tracks:
             if any(track is other for other in reopened):

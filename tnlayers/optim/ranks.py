@@ -132,15 +132,30 @@ def within_budget(nets: Sequence[Network], ranks: Sequence[Ranks], budget: int) 
                     value = sqrt(max(0.0, float(own.spectra[bond][rank - 1]))) / max(own.norm, 1e-300)
                     best = (value, k, bond) if best is None or value < best[0] else best
         if best is None:
-            raise ValueError(
-                f"RankAdaptive: budget must hold the networks at their least ranks, expected at least {sum(counts)}, "
-                f"got {budget}; lower min_rank, or convert fewer layers"
-            )
+            raise _too_small(sum(counts), budget)
         _, k, bond = best
         chosen[k][bond] -= 1
         limit(nets[k], chosen[k])
         counts[k] = _count(nets[k], chosen[k])
     return chosen
+
+
+def check_budget(nets: Sequence[Network], least: int, budget: int) -> None:
+    """Refuse a budget that networks exceed at their least ranks.
+
+    Raises:
+        ValueError: it is too small.
+    """
+    needed = sum(_count(net, limit(net, dict.fromkeys(net.bonds, least))) for net in nets)
+    if needed > budget:
+        raise _too_small(needed, budget)
+
+
+def _too_small(needed: int, budget: int) -> ValueError:
+    return ValueError(
+        f"RankAdaptive: budget must hold the networks at their least ranks, expected at least {needed}, got {budget}; "
+        "lower min_rank, or convert fewer layers"
+    )
 
 
 def limit(net: Network, sizes: dict[str, int]) -> dict[str, int]:
