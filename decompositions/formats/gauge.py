@@ -196,15 +196,24 @@ def _caps(net: Network, rank: int | Sequence[int] | Mapping[str, int] | None) ->
     return check_ranks("round", rank, [largest] * len(net.bonds))
 
 
+def require_tree(name: str, net: Network) -> None:
+    """Refuse networks that have no orthogonal gauge.
+
+    Raises:
+        ValueError: not a tree.
+    """
+    if not net.is_tree:
+        raise ValueError(
+            f"{name}: the network must be a tree (every bond joins two cores, no cycle), got {net.equation}; "
+            "hyper-edges and rings have no orthogonal gauge"
+        )
+
+
 class _Cores:
     """Mutable cores of a rooted tree during a sweep: each core and the axis of each of its labels."""
 
     def __init__(self, name: str, net: Network, center: int, dtype: torch.dtype) -> None:
-        if not net.is_tree:
-            raise ValueError(
-                f"{name}: the network must be a tree (every bond joins two cores, no cycle), got {net.equation}; "
-                "hyper-edges and rings have no orthogonal gauge"
-            )
+        require_tree(name, net)
         if not -len(net.cores) <= center < len(net.cores):
             raise ValueError(f"{name}: center must name one of the {len(net.cores)} cores, got {center}")
         self.name = name

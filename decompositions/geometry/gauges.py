@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from decompositions.formats.gauge import require_tree
 from decompositions.formats.network import Network, TreeEdge, tree_edges
 from decompositions.geometry.blocks import along, flatten, unflatten
 from decompositions.linalg import full_precision, positive_qr
@@ -105,11 +106,7 @@ def gauges(net: N, root: int = 0, *, gauged: bool = False) -> Gauges[N]:
         root = index(root)
     except TypeError:
         raise TypeError(f"gauges: root must be an int, the number of a core, got {root!r}") from None
-    if not net.is_tree:
-        raise ValueError(
-            f"gauges: the network must be a tree (every bond joins two cores, no cycle), got {net.equation}; "
-            "hyper-edges and rings have no orthogonal gauge"
-        )
+    require_tree("gauges", net)
     if not -len(net.cores) <= root < len(net.cores):
         raise ValueError(f"gauges: root must name one of the {len(net.cores)} cores, got {root}")
     root %= len(net.cores)
