@@ -198,7 +198,7 @@ def positive_qr(
     return (q * phase.unsqueeze(-2)).to(matrix.dtype), (r * phase.conj().unsqueeze(-1)).to(matrix.dtype)
 
 
-def safe_svd(matrix: Inexact[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
+def safe_svd(matrix: Inexact[Tensor, "*batch m n"]) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD `U, S, V^H` of a finite matrix; retried on a triangle in double precision where LAPACK gives up.
 
     It gives up with an error (divide and conquer on graded matrices) or silently, with NaN (one build of MKL, on
@@ -210,6 +210,9 @@ def safe_svd(matrix: Inexact[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
             return u, s, vh
     except torch.linalg.LinAlgError:
         pass
+    if matrix.ndim > 2:
+        u, s, vh = zip(*(safe_svd(one) for one in matrix), strict=True)
+        return torch.stack(u), torch.stack(s), torch.stack(vh)
     if matrix.shape[0] < matrix.shape[1]:
         u, s, vh = safe_svd(matrix.mH)
         return vh.mH, s, u.mH

@@ -30,7 +30,8 @@ from decompositions.geometry import (
     transport,
 )
 from decompositions.geometry.blocks import BlockTree, flatten
-from decompositions.geometry.tangent import extend, gauge_fix
+from decompositions.geometry.retraction import extend
+from decompositions.geometry.tangent import gauge_fix
 
 DTYPES = [torch.float64, torch.complex128]
 trees = pytest.mark.parametrize("case", [case for case in TREES if len(case().cores) < 20], ids=repr)

@@ -16,7 +16,7 @@ from torch import Tensor
 from decompositions import TT, LowRank, Network, Tree, Tucker, norm, scale, to_dense
 from decompositions import round as cut
 from decompositions.formats.gauge import _Cores
-from decompositions.geometry.tangent import extend
+from decompositions.geometry.retraction import extend
 from tnlayers.integrators import OperatorField, integrate, kronecker_sum
 from tnlayers.integrators import bug as bugs
 from tnlayers.integrators.fields import DenseField

@@ -25,6 +25,7 @@ from decompositions.linalg import (
     warn_truncation,
     work_dtype,
 )
+from decompositions.lockstep import Job, alone, triangular_factor
 
 N = TypeVar("N", bound=Network)
 
@@ -56,8 +57,13 @@ def orthogonalize(net: N, center: int = 0) -> N:
         >>> bool(torch.allclose(first.T @ first, torch.eye(2), atol=1e-6))
         True
     """
+    return alone(orthogonalizing(net, center))
+
+
+def orthogonalizing(net: N, center: int = 0) -> Job[N]:
+    """`orthogonalize` as a job, for many networks in lockstep."""
     cores = _Cores("orthogonalize", net, center, accumulate_dtype(net.dtype))
-    cores.sweep_up()
+    yield from cores.sweep_up()
     return net.replace(cores.cast(net.dtype))
 
 
@@ -76,7 +82,7 @@ def bond_singular_values(net: Network) -> dict[str, Tensor]:
     """
     cores = _Cores("bond_singular_values", net, 0, accumulate_dtype(net.dtype))
     cuts = _Cuts(len(cores.edges))
-    cores.cut_all(cuts)
+    alone(cores.cut_all(cuts))
     return {bond: cuts.squares[bond].sqrt().to(net.cores[0].real.dtype) for bond in net.bonds}
 
 
@@ -160,7 +166,7 @@ def cut(
     caps = dict(zip(net.bonds, _caps(net, rank), strict=True))
     usable = None if tol is None else usable_tol(tol, net.dtype, len(cores.edges))
     cuts = _Cuts(len(cores.edges), caps if rank is not None else None, usable)
-    cores.cut_all(cuts, by_gram=True, gauged=gauged)
+    alone(cores.cut_all(cuts, by_gram=True, gauged=gauged))
     result = net.replace(cores.cast(net.dtype))
     if tol is None or cuts.norm == 0:
         return result, 0.0, False
@@ -178,7 +184,7 @@ def _distance(a: Network, b: Network) -> float:
         first, second = first.detach().to(double), second.detach().to(double)
         cores.append(direct_sum(first, -second if k == 0 else second, bonds) if bonds else first - second)
     difference = _Cores("round", a.replace(cores), 0, double)
-    difference.sweep_up()
+    alone(difference.sweep_up())
     return difference.norm(difference.values[0])
 
 
@@ -241,17 +247,17 @@ class _Cores:
             return torch.tensordot(core, factor, dims=([axis], [1]))
         return torch.tensordot(factor, core, dims=([1], [axis])).movedim(0, axis)
 
-    def move(self, source: int, target: int, bond: str) -> None:
+    def move(self, source: int, target: int, bond: str) -> Job[None]:
         """Make `source` an isometry toward `target`, which takes the rest."""
         matrix, axis, others = self.matrix(source, bond)
-        q, r = positive_qr(matrix)
+        q, r = yield positive_qr, matrix
         self.set_matrix(source, q, axis, others)
         self.values[target] = self.absorb(target, bond, r)
 
-    def sweep_up(self, first: int = 0) -> None:
+    def sweep_up(self, first: int = 0) -> Job[None]:
         """Children before parents: the child of every edge from `first` on becomes an isometry toward the center."""
         for edge in reversed(self.edges[first:]):
-            self.move(edge.child, edge.parent, edge.bond)
+            yield from self.move(edge.child, edge.parent, edge.bond)
 
     def norm(self, center: Tensor) -> float:
         """Norm of the network from its center, refused where it is not finite."""
@@ -263,7 +269,7 @@ class _Cores:
             )
         return value
 
-    def cut_all(self, cuts: "_Cuts", *, by_gram: bool = False, gauged: bool = False) -> None:
+    def cut_all(self, cuts: "_Cuts", *, by_gram: bool = False, gauged: bool = False) -> Job[None]:
         """Depth first from the center: go down by QR, come back by SVD and cut each bond on the way.
 
         A bond is cut when its whole subtree is done, so that all later cuts are on the other side of it; only then do
@@ -278,14 +284,14 @@ class _Cores:
         edges = self.edges
         path = next((k for k in range(1, len(edges)) if edges[k].parent != edges[k - 1].child), len(edges))
         if not gauged:
-            self.sweep_up(path)
+            yield from self.sweep_up(path)
         inner = {edge.parent for edge in edges}
         if not edges:
             cuts.norm = self.norm(self.values[self.center])
         above: dict[int, Tensor] = {}  # of the cores on the trail: R of all that lies above
         trail: list[TreeEdge] = []
 
-        def come_back() -> None:
+        def come_back() -> Job[None]:
             edge = trail.pop()
             axis = self.legs[edge.child].index(edge.bond)
             moved = self.values[edge.child].movedim(axis, 0)
@@ -294,7 +300,7 @@ class _Cores:
             center = above.pop(edge.child) if leaf else above.pop(edge.child) @ child
             if cuts.left == len(edges):
                 cuts.norm = self.norm(center)
-            u = self._isometry(center, edge.bond, cuts, by_gram)
+            u = yield from self._isometry(center, edge.bond, cuts, by_gram)
             if leaf:
                 self.values[edge.child] = (u @ child).reshape(-1, *moved.shape[1:]).movedim(0, axis)
                 self.values[edge.parent] = self.absorb(edge.parent, edge.bond, u.conj())
@@ -304,22 +310,22 @@ class _Cores:
 
         for edge in edges:
             while trail and trail[-1].child != edge.parent:
-                come_back()
+                yield from come_back()
             core = self.absorb(edge.parent, trail[-1].bond, above[edge.parent]) if trail else self.values[edge.parent]
             center = core.movedim(self.legs[edge.parent].index(edge.bond), -1)
             center = center.reshape(-1, center.shape[-1])
             # the derivative of a QR needs its Q
-            above[edge.child] = torch.linalg.qr(center, mode="reduced" if center.requires_grad else "r").R
+            *_, above[edge.child] = yield torch.linalg.qr if center.requires_grad else triangular_factor, center
             trail.append(edge)
         while trail:
-            come_back()
+            yield from come_back()
 
-    def _isometry(self, center: Tensor, bond: str, cuts: "_Cuts", by_gram: bool) -> Tensor:
+    def _isometry(self, center: Tensor, bond: str, cuts: "_Cuts", by_gram: bool) -> Job[Tensor]:
         """Rows u (kept, others), orthonormal, with `center ≈ (center u^H) u`, as many as the cut keeps."""
         if by_gram and center.dtype in _HALF_PRICE and not center.requires_grad:
             double = center.to(torch.promote_types(center.dtype, torch.float64))
             wide = double.shape[0] <= double.shape[1]
-            values, vectors = torch.linalg.eigh(double @ double.mH if wide else double.mH @ double)
+            values, vectors = yield torch.linalg.eigh, double @ double.mH if wide else double.mH @ double
             squares, rows = values.flip(0).clamp_min(0), vectors.flip(1).mH
             keep = cuts.choose(bond, squares)
             if not wide:
@@ -327,7 +333,7 @@ class _Cores:
             if float(squares[keep - 1]) > 1e-8 * float(squares[0]):  # the divisor is well above its error, 1e-16
                 cuts.take(bond, squares, keep)
                 return ((rows[:keep] @ double) / squares[:keep, None].sqrt()).to(center.dtype)
-        _, s, rows = safe_svd(center)
+        _, s, rows = yield safe_svd, center
         squares = s.detach().double().square()
         return rows[: cuts.take(bond, squares, cuts.choose(bond, squares))]
 
@@ -398,7 +404,14 @@ def cut_by(
         >>> net.ranks, error > 0
         ((2, 2), True)
     """
+    return alone(cutting(net, choose, center=center, gauged=gauged))
+
+
+def cutting(
+    net: N, choose: Callable[[str, Tensor, float], int], *, center: int = 0, gauged: bool = False
+) -> Job[tuple[N, float]]:
+    """`cut_by` as a job, for many networks in lockstep."""
     cores = _Cores("round", net, center, accumulate_dtype(net.dtype))
     cuts = _ChosenCuts(len(cores.edges), choose)
-    cores.cut_all(cuts, by_gram=True, gauged=gauged)
+    yield from cores.cut_all(cuts, by_gram=True, gauged=gauged)
     return net.replace(cores.cast(net.dtype)), sqrt(cuts.discarded)

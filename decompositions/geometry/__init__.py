@@ -8,9 +8,9 @@ from decompositions.geometry.derivatives import hessian_vector_product as hessia
 from decompositions.geometry.derivatives import riemannian_gradient as riemannian_gradient
 from decompositions.geometry.gauges import Gauges as Gauges
 from decompositions.geometry.gauges import gauges as gauges
+from decompositions.geometry.retraction import retract as retract
 from decompositions.geometry.tangent import Tangent as Tangent
 from decompositions.geometry.tangent import center_gradients as center_gradients
 from decompositions.geometry.tangent import dimension as dimension
 from decompositions.geometry.tangent import project as project
-from decompositions.geometry.tangent import retract as retract
 from decompositions.geometry.tangent import transport as transport

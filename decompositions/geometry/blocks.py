@@ -13,6 +13,7 @@ from torch import Tensor
 
 from decompositions.formats.network import Labels, Network
 from decompositions.linalg import accumulate_dtype
+from decompositions.lockstep import Job
 
 PLAIN, DELTA = 0, 1
 """Halves of a bond of a doubled tree: no change in the subtree below; exactly one."""
@@ -174,7 +175,7 @@ def padded(core: Tensor, shape: Sequence[int]) -> Tensor:
     return made
 
 
-def normal_basis(basis: Tensor, rest: Tensor) -> Tensor:
+def normal_basis(basis: Tensor, rest: Tensor) -> Job[Tensor]:
     """Orthonormal columns, normal to those of `basis` (n, r), that span `rest`, which is normal to them already.
 
     As many as `rest` has columns, or n - r. Where `rest` has no full rank, QR completes its columns by any, which must
@@ -186,10 +187,11 @@ def normal_basis(basis: Tensor, rest: Tensor) -> Tensor:
         return basis.new_zeros(n, 0)
     if accumulate_dtype(basis.dtype) != basis.dtype:  # there is no QR in half precision
         wide = accumulate_dtype(basis.dtype)
-        return normal_basis(basis.to(wide), rest.to(wide)).to(basis.dtype)
+        return (yield from normal_basis(basis.to(wide), rest.to(wide))).to(basis.dtype)
     if count == rest.shape[1]:
-        q = torch.linalg.qr(rest).Q
+        q, _ = yield torch.linalg.qr, rest
         overlap = basis.mH @ q
         if float(torch.linalg.vector_norm(overlap)) < torch.finfo(q.dtype).eps ** 0.5:
             return q - basis @ overlap
-    return torch.linalg.qr(torch.cat([basis, rest], 1)).Q[:, r : r + count]
+    both, _ = yield torch.linalg.qr, torch.cat([basis, rest], 1)
+    return both[:, r : r + count]

@@ -20,7 +20,8 @@ from decompositions.formats.gauge import round as round_network
 from decompositions.formats.network import Network
 from decompositions.geometry.derivatives import check_full_rank, hessian_vector_product, riemannian_gradient
 from decompositions.geometry.gauges import Gauges, gauges
-from decompositions.geometry.tangent import Tangent, project, retract, transport
+from decompositions.geometry.retraction import retract
+from decompositions.geometry.tangent import Tangent, project, transport
 from decompositions.linalg import accumulate_dtype
 
 

@@ -10,6 +10,7 @@ from decompositions.formats.gauge import require_tree
 from decompositions.formats.network import Network, TreeEdge, tree_edges
 from decompositions.geometry.blocks import along, flatten, unflatten
 from decompositions.linalg import full_precision, positive_qr
+from decompositions.lockstep import Job, alone
 
 N = TypeVar("N", bound=Network)
 
@@ -100,6 +101,11 @@ def gauges(net: N, root: int = 0, *, gauged: bool = False) -> Gauges[N]:
         >>> bool(torch.allclose(s.norm(), g.center[0].norm()))
         True
     """
+    return alone(gauging(net, root, gauged=gauged))
+
+
+def gauging(net: N, root: int = 0, *, gauged: bool = False) -> Job[Gauges[N]]:
+    """`gauges` as a job, for many networks in lockstep."""
     if not isinstance(net, Network):
         raise TypeError(f"gauges: the point must be a Network, got {type(net).__name__}")
     try:
@@ -114,7 +120,7 @@ def gauges(net: N, root: int = 0, *, gauged: bool = False) -> Gauges[N]:
     up: list[Tensor] = list(net.cores)
     for edge in () if gauged else reversed(edges):
         axis = legs[edge.child].index(edge.bond)
-        q, r = positive_qr(flatten(up[edge.child], axis))
+        q, r = yield positive_qr, flatten(up[edge.child], axis)
         up[edge.child] = unflatten(q, up[edge.child].shape, axis)
         up[edge.parent] = along(up[edge.parent], legs[edge.parent].index(edge.bond), r)
     center = list(up)
@@ -122,7 +128,7 @@ def gauges(net: N, root: int = 0, *, gauged: bool = False) -> Gauges[N]:
     links = {}
     for edge in edges:
         axis = legs[edge.parent].index(edge.bond)
-        q, r = positive_qr(flatten(center[edge.parent], axis))
+        q, r = yield positive_qr, flatten(center[edge.parent], axis)
         down[edge.child] = unflatten(q, center[edge.parent].shape, axis)
         center[edge.child] = along(up[edge.child], legs[edge.child].index(edge.bond), r)
         links[edge.bond] = r.mT

@@ -8,7 +8,8 @@ from torch import Tensor
 from decompositions import Network
 from decompositions.geometry import Gauges, Tangent, gauges
 from decompositions.geometry.blocks import along, flatten, unflatten
-from decompositions.geometry.tangent import extend, gauge_fix
+from decompositions.geometry.retraction import extend
+from decompositions.geometry.tangent import gauge_fix
 from tnlayers.integrators.bug import Directions, augment
 from tnlayers.integrators.operators import FixedField
 from tnlayers.integrators.steps import Stepper, children, complement, given, pad, with_cores

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from decompositions import Network
 from decompositions.formats.network import tree_edges
-from decompositions.geometry.blocks import flatten, unflatten
-from decompositions.geometry.tangent import normal_basis
+from decompositions.geometry.blocks import flatten, normal_basis, unflatten
 from decompositions.linalg import full_precision
+from decompositions.lockstep import Job, alone
 
 N = TypeVar("N", bound=Network)
 
@@ -32,6 +32,11 @@ def widen_bonds(net: N, sizes: Mapping[str, int], root: int, generator: torch.Ge
         >>> wide.ranks, bool(torch.allclose(to_dense(wide), to_dense(net), atol=1e-6))
         ((3, 3), True)
     """
+    return alone(widening(net, sizes, root, generator))
+
+
+def widening(net: N, sizes: Mapping[str, int], root: int, generator: torch.Generator) -> Job[N]:
+    """`widen_bonds` as a job, for many networks in lockstep."""
     cores: list[Tensor] = list(net.cores)
     for edge in reversed(tree_edges(net.legs, net.rows, net.cols, root)):
         core, axis = cores[edge.child], net.legs[edge.child].index(edge.bond)
@@ -46,7 +51,8 @@ def widen_bonds(net: N, sizes: Mapping[str, int], root: int, generator: torch.Ge
         for _ in range(2):
             fresh = fresh - basis @ (basis.mH @ fresh)
             fresh = fresh / torch.linalg.vector_norm(fresh, dim=0).clamp_min(torch.finfo(basis.dtype).tiny)
-        wide = torch.cat([basis, normal_basis(basis, fresh)], 1)
+        added = yield from normal_basis(basis, fresh)
+        wide = torch.cat([basis, added], 1)
         shape = list(core.shape)
         shape[axis] = wide.shape[1]
         cores[edge.child] = unflatten(wide, shape, axis)

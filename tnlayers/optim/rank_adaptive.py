@@ -9,24 +9,25 @@ The reserve has orthonormal bases at singular value zero: the gradient that the 
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from math import prod, sqrt
-from typing import Any
+from math import sqrt
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from decompositions import Network, scale
-from decompositions.formats.gauge import cut_by, orthogonalize
-from decompositions.geometry import Tangent, center_gradients, gauges
-from decompositions.geometry.tangent import extend, gauge_fix
-from tnlayers.integrators.integrate import default_root
+from decompositions.formats.gauge import cutting, orthogonalizing
+from decompositions.geometry import Tangent, center_gradients
+from decompositions.geometry.gauges import gauging
+from decompositions.geometry.retraction import extending
+from decompositions.geometry.tangent import gauge_fix
+from decompositions.lockstep import Job, together
 from tnlayers.integrators.schemes import FIXED, SCHEMES
 from tnlayers.integrators.steps import Truncate
-from tnlayers.layer import NetworkLayer
-from tnlayers.optim.growth import widen_bonds
+from tnlayers.optim.growth import widening
 from tnlayers.optim.models import centers, sizes_of, trees
 from tnlayers.optim.options import check_options
 from tnlayers.optim.ranks import Ranks, check_budget, within_budget
@@ -34,6 +35,7 @@ from tnlayers.optim.together import Gradients, step_together
 from tnlayers.optim.track import Track
 from tnlayers.window import CoreWindow, Window
 
+T = TypeVar("T")
 Inner = Callable[[Iterable[Tensor]], Optimizer]
 
 
@@ -157,7 +159,7 @@ class RankAdaptive(Optimizer):
         self.history: list[dict[str, Any]] = []
         self._warned: set[str] = set()
         self._tracks = [
-            self._track(names, layers, Ranks(tol, theta, reserve, min_rank, max_rank))
+            Track.start(names, layers, Ranks(tol, theta, reserve, min_rank, max_rank))
             for names, layers in trees(model).values()
         ]
         if not self._tracks:
@@ -168,8 +170,7 @@ class RankAdaptive(Optimizer):
         if budget is not None:
             check_budget([track.layer.network for track in self._tracks], min_rank, budget)
         own = {id(p) for track in self._tracks for layer in track.layers for p in layer.cores}
-        for track in self._tracks:
-            self._open(track, first=True)
+        self._run([self._opening(track, first=True) for track in self._tracks])
         mine = [p for track in self._tracks for p in track.layer.probes]
         own |= {id(p) for p in mine}
         others = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
@@ -184,14 +185,14 @@ class RankAdaptive(Optimizer):
         if self.inner is not None:
             self.param_groups.extend(self.inner.param_groups)
 
-    def _track(self, names: list[str], layers: list[NetworkLayer], ranks: Ranks) -> Track:
-        net = layers[0].network
-        return Track(names, layers, default_root(net), ranks, prod(net.shape), [], [], [])
-
     # --- windows ---
 
-    @torch.no_grad()
-    def _open(self, track: Track, net: Network | None = None, *, first: bool = False) -> None:
+    def _run(self, jobs: Sequence[Job[T]]) -> list[T]:
+        """Jobs of all networks: those of equal shapes share their QRs and SVDs."""
+        with torch.autocast(self._tracks[0].layer.cores[0].device.type, enabled=False), torch.no_grad():
+            return together(jobs)
+
+    def _opening(self, track: Track, net: Network | None = None, *, first: bool = False) -> Job[None]:
         """Hang the tree, make room for the reserve, open the next window; moments come along."""
         old = None if first or track.layer._window is None else track.window
         if self._by_closure:
@@ -205,17 +206,17 @@ class RankAdaptive(Optimizer):
         gauged = net is not None
         if net is None:
             net = track.layer.network.detach()
-            net = cut_by(net, lambda bond, squares, norm: len(squares), center=track.root)[0]
+            net, _ = yield from cutting(net, lambda bond, squares, norm: len(squares), center=track.root)
         if first:
             track.ranks.start(net)
             zeros = torch.zeros((), device=net.device)
             track.second, track.counts = [zeros.clone() for _ in net.cores], [0] * len(net.cores)
         if not self.fixed:
-            net = widen_bonds(net, track.ranks.wanted(net), track.root, self.generator)
+            net = yield from widening(net, track.ranks.wanted(net), track.root, self.generator)
             track.ranks.kept = dict(zip(net.bonds, net.ranks, strict=True))
         net = track.layer._with_cores([core.contiguous() for core in net.cores])  # they become the layer's Parameters
         # bases are products of orthonormal ones from rounding to rounding: now and then they are made anew
-        at = gauges(net, track.root, gauged=(gauged or first) and len(self.history) % RENEW != 0)
+        at = yield from gauging(net, track.root, gauged=(gauged or first) and len(self.history) % RENEW != 0)
         core = None
         if self.window == "center":
             turns = centers(net)
@@ -232,8 +233,7 @@ class RankAdaptive(Optimizer):
     def _reopen(self) -> list[Track]:
         """Open windows on weights that somebody has replaced; which these were."""
         closed = [track for track in self._tracks if track.layer._window is None]
-        for track in closed:
-            self._open(track, first=True)
+        self._run([self._opening(track, first=True) for track in closed])
         if closed:
             self._group_probes()
         return closed
@@ -259,53 +259,58 @@ class RankAdaptive(Optimizer):
         """The first group holds the probes; a layer whose weight was replaced has new ones."""
         self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
 
-    @torch.no_grad()
-    def _moved(self, track: Track) -> Network:
+    def _moving(self, track: Track) -> Job[Network]:
         """The weight at the end of a window, as a tree centered at the root."""
         window, layer = track.window, track.layer
         if window.core is not None:
-            return orthogonalize(layer._contracted.detach(), track.root)
+            return (yield from orthogonalizing(layer._contracted.detach(), track.root))
         # what rounding left of the deltas along U, extend drops
-        moved: Network = extend(Tangent(window.at, tuple(probe.detach() for probe in layer.probes)))
-        return moved
+        return (yield from extending(Tangent(window.at, tuple(probe.detach() for probe in layer.probes))))
 
-    @torch.no_grad()
+    def _rounding(self, track: Track, settling: bool) -> Job[Network]:
+        """The weight at the end of a window, rounded to the ranks that its own tolerance asks for."""
+        made = yield from self._moving(track)
+        chooser = track.ranks.chooser(made, fixed=self.fixed, reserve=0 if settling else None)
+        net, _ = yield from cutting(made, chooser, center=track.root, gauged=True)
+        return net
+
+    def _renewing(self, track: Track, net: Network) -> Job[None]:
+        """The next window on a weight that was cut."""
+        sizes = track.ranks.consistent(net)
+        if tuple(sizes.values()) != net.ranks:
+            net, _ = yield from cutting(net, sizes_of(sizes), center=track.root, gauged=True)
+        track.ranks.kept = dict(zip(net.bonds, net.ranks, strict=True))
+        if self.fixed:
+            track.ranks.found = dict(track.ranks.kept)
+        yield from self._opening(track, net)
+
     def _close(self, *, settling: bool = False) -> None:
         """Round every network, choose ranks, open the next windows."""
-        nets: list[Network] = []
-        for track in self._tracks:
-            made = self._moved(track)
-            chooser = track.ranks.chooser(made, fixed=self.fixed, reserve=0 if settling else None)
-            before = dict(track.ranks.found)
-            nets.append(cut_by(made, chooser, center=track.root, gauged=True)[0])
-            if not self.fixed:
-                for key, text in track.limits(before).items():
+        before = [dict(track.ranks.found) for track in self._tracks]
+        nets = self._run([self._rounding(track, settling) for track in self._tracks])
+        if not self.fixed:
+            for track, found in zip(self._tracks, before, strict=True):
+                for key, text in track.limits(found).items():
                     self._say(key, text)
         if self.budget is not None and not self.fixed:
             nets = self._cut_to_budget(nets, settling)
         if settling:
             self.fixed = True
-        for track, cut in zip(self._tracks, nets, strict=True):
-            net, sizes = cut, track.ranks.consistent(cut)
-            if tuple(sizes.values()) != cut.ranks:
-                net = cut_by(cut, sizes_of(sizes), center=track.root, gauged=True)[0]
-            track.ranks.kept = dict(zip(net.bonds, net.ranks, strict=True))
-            if self.fixed:
-                track.ranks.found = dict(track.ranks.kept)
-            self._open(track, net)
+        self._run([self._renewing(track, net) for track, net in zip(self._tracks, nets, strict=True)])
         self.history.append({"step": self.steps, "ranks": self.ranks()})
 
     def _cut_to_budget(self, nets: list[Network], settling: bool) -> list[Network]:
         assert self.budget is not None
         chosen = within_budget(nets, [track.ranks for track in self._tracks], self.budget)
-        made = []
-        for track, net, found in zip(self._tracks, nets, chosen, strict=True):
+
+        def cut(track: Track, net: Network, found: dict[str, int]) -> Job[Network]:
             if found != track.ranks.found:
                 track.ranks.found = found
                 sizes = found if settling else track.ranks.wanted(net)
-                net = cut_by(net, sizes_of(sizes), center=track.root, gauged=True)[0]
-            made.append(net)
-        return made
+                net, _ = yield from cutting(net, sizes_of(sizes), center=track.root, gauged=True)
+            return net
+
+        return self._run([cut(*one) for one in zip(self._tracks, nets, chosen, strict=True)])
 
     def _say(self, key: str, text: str) -> None:
         if key not in self._warned:
@@ -388,8 +393,9 @@ class RankAdaptive(Optimizer):
         self.steps += 1
         if not self.fixed and self.settle_at is not None and self.steps >= self.settle_at:
             self.fixed = True
-        for track, net in zip(self._tracks, nets, strict=True):
-            self._open(track, scale(net, 1 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else net)
+        if group["weight_decay"]:
+            nets = [scale(net, 1 - group["lr"] * group["weight_decay"]) for net in nets]
+        self._run([self._opening(track, net) for track, net in zip(self._tracks, nets, strict=True)])
         self.history.append({"step": self.steps, "ranks": self.ranks()})
         return losses[0] if losses else None
 

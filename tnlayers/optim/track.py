@@ -1,13 +1,14 @@
 """A network in training: the layers that share it, and the state of its step."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from decompositions.geometry import gauges
+from tnlayers.integrators.integrate import default_root
 from tnlayers.layer import NetworkLayer
 from tnlayers.optim.ranks import Ranks
 from tnlayers.window import CoreWindow, Window
@@ -43,6 +44,12 @@ class Track:
     counts: list[int]
     turn: int = 0
     cut_again: int = 0
+
+    @classmethod
+    def start(cls, names: list[str], layers: list[NetworkLayer], ranks: Ranks) -> "Track":
+        """A network that has not moved yet."""
+        net = layers[0].network
+        return cls(names, layers, default_root(net), ranks, prod(net.shape), [], [], [])
 
     @property
     def layer(self) -> NetworkLayer:
