@@ -1,5 +1,6 @@
 """Multilinear algebra on tensor networks: formats, gauges, plans and decompositions. No `nn.Module` lives here."""
 
+from decompositions.cp import cp_als as cp_als
 from decompositions.explain import explain as explain
 from decompositions.formats.algebra import add as add
 from decompositions.formats.algebra import apply as apply
@@ -11,6 +12,7 @@ from decompositions.formats.algebra import scale as scale
 from decompositions.formats.algebra import to_dense as to_dense
 from decompositions.formats.algebra import to_matrix as to_matrix
 from decompositions.formats.algebra import transpose as transpose
+from decompositions.formats.cp import CP as CP
 from decompositions.formats.gauge import bond_singular_values as bond_singular_values
 from decompositions.formats.gauge import orthogonalize as orthogonalize
 from decompositions.formats.gauge import possible_ranks as possible_ranks

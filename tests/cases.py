@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from decompositions import (
+    CP,
     TT,
     LowRank,
     Network,
@@ -84,6 +85,10 @@ CASES = [
         "tree-degree5",
         partial(Tree.random, row_modes=(2, 3), col_modes=(2, 2, 3), rank=2, tree=(*((k,) for k in range(5)),)),
     ),
+    Case("cp", partial(CP.random, row_modes=(4, 3), col_modes=(5,), rank=4)),
+    Case("cp-order1", partial(CP.random, row_modes=(4,), rank=1)),
+    Case("cp-matrix", partial(CP.random, row_modes=(4,), col_modes=(3,), rank=2)),
+    Case("cp-mode1-rank1", partial(CP.random, row_modes=(2, 1), col_modes=(1, 3), rank=1)),
     Case("ttm-wide-rank1", partial(TTMatrix.random, row_modes=(1, 2), col_modes=(4, 3), rank=1)),
 ]
 
@@ -118,7 +123,7 @@ NETWORKS = [
     Case("kronecker-pair", partial(network, "rik,rjl->ij|kl", default=2, i=3, l=4)),
     Case("chain-61-labels", long_chain),
     # no trees
-    Case("cp", partial(network, "ir,jr,kr->ij|k", r=4, i=2)),
+    Case("hyper-edge", partial(network, "ir,jr,kr->ij|k", r=4, i=2)),
     Case("ring", partial(network, "aib,bjc,cka->ij|k", default=2, k=3)),
     Case("double-bond", partial(network, "iab,abj->i|j", default=2, i=4)),
     Case("monarch", partial(network, "kji,jlk->lj|ki", default=2, i=3, l=4), summable=False),
