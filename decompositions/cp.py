@@ -2,44 +2,18 @@
 
 from math import inf
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from decompositions.formats.algebra import to_dense
+from decompositions.als import Fit, Target, check_sweeps, finish
 from decompositions.formats.cp import CP
-from decompositions.linalg import (
-    accumulate_dtype,
-    check_finite,
-    check_kind,
-    check_tol,
-    full_precision,
-    gram,
-    relative_error,
-    unfold,
-    warn_truncation,
-)
+from decompositions.linalg import check_kind, check_tol, full_precision, gram, unfold
 from decompositions.randomized import randomized_basis
 
 STARTS = ("hosvd", "random")
-
-
-class Fit(NamedTuple):
-    """How an iterative decomposition ended.
-
-    Args:
-        error: relative Frobenius error of the result, measured in double precision.
-        converged: whether the last sweep lowered the error by less than `improvement`, or `tol` was reached.
-        errors: relative error after each sweep of the best start (they resolve 1e-8).
-        starts: final error of every start, inf where it left the finite numbers.
-    """
-
-    error: float
-    converged: bool
-    errors: tuple[float, ...]
-    starts: tuple[float, ...]
 
 
 @full_precision
@@ -101,22 +75,16 @@ def cp_als(
     check_kind("cp_als", x)
     if x.is_complex():
         raise TypeError(f"cp_als: expected a real tensor, got {x.dtype}; the least squares of its sweeps are real")
-    check_finite("cp_als", x)
     check_tol("cp_als", tol)
     _check_options(rank, start, restarts, max_sweeps, improvement, method)
-    exact = x.detach().to(torch.float64)
-    size = float(torch.linalg.vector_norm(exact))
-    largest = float(exact.abs().max())
-    if largest > 0 and not 1e-100 < size < 1e100:
-        size = largest * float(torch.linalg.vector_norm(exact / largest))
-    if x.ndim == 1 or size == 0:
-        factors = [exact.clone()] if x.ndim == 1 else [exact.new_zeros(n, rank) for n in x.shape]
-        return _finish(CP(factors, num_rows), x, None, ([0.0], [0.0]), True, with_fit)
-    work = exact / size
+    target = Target("cp_als", x)
+    if x.ndim == 1 or target.norm == 0:
+        factors = [x.detach().clone()] if x.ndim == 1 else [x.new_zeros(n, rank) for n in x.shape]
+        return finish("cp_als", CP(factors, num_rows), x, None, Fit(0.0, True, (0.0,), (0.0,)), with_fit)
     best: tuple[float, list[Tensor], list[float], bool] | None = None
     ends = []
     for first in (start, *["random"] * restarts):
-        found = _sweeps(work, int(rank), first, nonnegative, max_sweeps, improvement, tol, method, generator)
+        found = _sweeps(target.unit, int(rank), first, nonnegative, max_sweeps, improvement, tol, method, generator)
         ends.append(found[0])
         if best is None or found[0] < best[0]:
             best = found
@@ -129,22 +97,21 @@ def cp_als(
             f"cp_als: the sweeps must stay finite, got NaN or infinity from every start at rank {rank} of a tensor of "
             f"shape {tuple(x.shape)}; take a smaller rank, or restarts={restarts + 3}"
         )
-    spread = size ** (1 / x.ndim)
-    return _finish(CP([f * spread for f in factors], num_rows), x, tol, (errors, ends), converged, with_fit)
+    spread = target.norm ** (1 / x.ndim)
+    fit = Fit(0.0, converged, tuple(errors), tuple(ends))
+    return finish("cp_als", CP([f * spread for f in factors], num_rows), x, tol, fit, with_fit)
 
 
 def _check_options(rank: int, start: str, restarts: int, max_sweeps: int, improvement: float, method: str) -> None:
-    for name, value, least in (("rank", rank, 1), ("restarts", restarts, 0), ("max_sweeps", max_sweeps, 1)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"cp_als: {name} must be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"cp_als: {name} must be at least {least}, got {value}")
+    if isinstance(rank, bool) or not isinstance(rank, Integral):
+        raise TypeError(f"cp_als: rank must be an int, got {rank!r}")
+    if rank < 1:
+        raise ValueError(f"cp_als: rank must be at least 1, got {rank}")
+    check_sweeps("cp_als", max_sweeps, improvement, restarts)
     if start not in STARTS:
         raise ValueError(f"cp_als: start must be one of {STARTS}, got {start!r}")
     if method not in ("exact", "randomized"):
         raise ValueError(f"cp_als: method must be 'exact' or 'randomized', got {method!r}")
-    if not 0 <= improvement < inf:
-        raise ValueError(f"cp_als: improvement must be a finite number >= 0, got {improvement!r}")
 
 
 def _sweeps(
@@ -223,20 +190,3 @@ def _balanced(factors: list[Tensor], weights: Tensor | None) -> list[Tensor]:
     if weights is not None:
         made[0] = made[0] * torch.sgn(weights)
     return made
-
-
-def _finish(
-    net: CP,
-    x: Tensor,
-    tol: float | None,
-    history: tuple[list[float], list[float]],
-    converged: bool,
-    with_fit: bool,
-) -> CP | tuple[CP, Fit]:
-    made: CP = net.replace([core.to(accumulate_dtype(x.dtype)).to(x.dtype) for core in net.cores])
-    if not all(bool(torch.isfinite(core).all()) for core in made.cores):
-        raise ValueError(f"cp_als: the factors do not fit {x.dtype}; decompose x.to(torch.float32)")
-    error = relative_error(to_dense(made.to(torch.float64)), x.detach())
-    if tol is not None and error > tol:
-        warn_truncation("cp_als", error, tol, "rank, sweeps or starts do not suffice" if converged else "max_sweeps")
-    return (made, Fit(error, converged, tuple(history[0]), tuple(history[1]))) if with_fit else made
