@@ -25,6 +25,7 @@ from decompositions.formats.network import bond_sides as bond_sides
 from decompositions.formats.plan import Plan as Plan
 from decompositions.formats.plan import plan_apply as plan_apply
 from decompositions.formats.random import fill_random as fill_random
+from decompositions.formats.tensor_ring import TensorRing as TensorRing
 from decompositions.formats.tree import Tree as Tree
 from decompositions.formats.tree import balanced_tree as balanced_tree
 from decompositions.formats.tree import chain_tree as chain_tree
@@ -39,6 +40,8 @@ from decompositions.low_rank import svd as svd
 from decompositions.measure import calibrate as calibrate
 from decompositions.measure import time_plans as time_plans
 from decompositions.randomized import randomized_basis as randomized_basis
+from decompositions.ring import tr_als as tr_als
+from decompositions.ring import tr_svd as tr_svd
 from decompositions.tree import tree_svd as tree_svd
 from decompositions.tt import tt_svd as tt_svd
 from decompositions.tt import ttm_svd as ttm_svd

@@ -13,6 +13,7 @@ from decompositions import (
     TT,
     LowRank,
     Network,
+    TensorRing,
     Tree,
     TTMatrix,
     Tucker,
@@ -21,6 +22,7 @@ from decompositions import (
     hosvd,
     st_hosvd,
     svd,
+    tr_svd,
     transpose,
     tree_svd,
     tt_svd,
@@ -89,6 +91,12 @@ CASES = [
     Case("cp-order1", partial(CP.random, row_modes=(4,), rank=1)),
     Case("cp-matrix", partial(CP.random, row_modes=(4,), col_modes=(3,), rank=2)),
     Case("cp-mode1-rank1", partial(CP.random, row_modes=(2, 1), col_modes=(1, 3), rank=1)),
+    Case("tensor-ring", partial(TensorRing.random, row_modes=(3, 4), col_modes=(2, 5), rank=(2, 3, 4, 2))),
+    Case("tensor-ring-order1", partial(TensorRing.random, row_modes=(4,), rank=1)),
+    Case("tensor-ring-matrix", partial(TensorRing.random, row_modes=(4,), col_modes=(3,), rank=2)),
+    Case(
+        "tensor-ring-turned", partial(TensorRing.random, row_modes=(4,), col_modes=(1, 3, 2), rank=2, axes=(2, 0, 3, 1))
+    ),
     Case("ttm-wide-rank1", partial(TTMatrix.random, row_modes=(1, 2), col_modes=(4, 3), rank=1)),
 ]
 
@@ -176,6 +184,7 @@ DECOMPOSITIONS = [
     Decomposition(
         "tt_svd-reversed", lambda x, *a, **k: tt_svd(x, *a, axes=range(getattr(x, "ndim", 0))[::-1], **k), lambda d: d
     ),
+    Decomposition("tr_svd", tr_svd, lambda order: max(1, order - 1)),
     Decomposition("tree_svd", tree_svd, lambda order: max(1, 2 * order - 2)),
     Decomposition(
         "ttm_svd", lambda x, rank=None, tol=None, **k: ttm_svd(x, None, None, rank, tol, **k), lambda d: 4, 2
