@@ -43,11 +43,11 @@ def mlp(linear: Callable[[int, int], nn.Module], conv: Any) -> nn.Sequential:
 
 
 def vgg6(linear: Any, conv: Callable[[int, int, int], nn.Module]) -> nn.Sequential:
-    """Five 3 x 3 convolutions 32-64-64-128-128 with batch norm, three pools and a mean, one linear layer."""
+    """Five 3 x 3 convolutions 32-64-128-256-256 with batch norm, three pools and a mean, one linear layer."""
     layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
-    for n, m, pool in ((32, 64, False), (64, 64, True), (64, 128, False), (128, 128, True)):
+    for n, m, pool in ((32, 64, True), (64, 128, False), (128, 256, True), (256, 256, False)):
         layers += [conv(n, m, 3), nn.BatchNorm2d(m), nn.ReLU()] + ([nn.MaxPool2d(2)] if pool else [])
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(1024, 10))
 
 
 NETS = {"lenet": lenet, "mlp": mlp, "vgg6": vgg6}

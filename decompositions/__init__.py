@@ -18,6 +18,7 @@ from decompositions.formats.gauge import bond_singular_values as bond_singular_v
 from decompositions.formats.gauge import orthogonalize as orthogonalize
 from decompositions.formats.gauge import possible_ranks as possible_ranks
 from decompositions.formats.gauge import round as round
+from decompositions.formats.kronecker_sum import KroneckerSum as KroneckerSum
 from decompositions.formats.low_rank import LowRank as LowRank
 from decompositions.formats.modes import balanced_modes as balanced_modes
 from decompositions.formats.network import Network as Network
@@ -32,6 +33,7 @@ from decompositions.formats.tree import chain_tree as chain_tree
 from decompositions.formats.tt import TT as TT
 from decompositions.formats.tt_matrix import TTMatrix as TTMatrix
 from decompositions.formats.tucker import Tucker as Tucker
+from decompositions.kronecker import kronecker_svd as kronecker_svd
 from decompositions.linalg import TruncationWarning as TruncationWarning
 from decompositions.linalg import fold as fold
 from decompositions.linalg import positive_qr as positive_qr

@@ -86,11 +86,18 @@ def svd(
     work = task.work
     m, n = work.shape
     (cap,) = check_ranks("svd", rank, [min(m, n)])
-    wide = work if m <= n else work.mT
+    u, s, v = thin_svd(task, work, cap)
+    return task.finish(LowRank(u, torch.diag(s.to(u.dtype)), v), with_error)
+
+
+def thin_svd(
+    task: Truncation, work: Inexact[Tensor, "m n"], cap: int
+) -> tuple[Inexact[Tensor, "m k"], Inexact[Tensor, "k"], Inexact[Tensor, "n k"]]:
+    """The only cut of a task: orthonormal U and conj(V), and the singular values in descending order."""
+    wide = work if work.shape[0] <= work.shape[1] else work.mT
     found = task.cut(wide[None], cap)
     # rest = u^H A is k x n: its own small SVD makes both sides orthonormal and S diagonal
     q, r = positive_qr(found.rest[0].mH.to(found.u.dtype))
     u, s, vh = safe_svd(r.mH)
     left, right = found.u @ u, (vh @ q.mH).mT
-    sides = (left, right) if m <= n else (right, left)
-    return task.finish(LowRank(sides[0], torch.diag(s.to(left.dtype)), sides[1]), with_error)
+    return (left, s, right) if work.shape[0] <= work.shape[1] else (right, s, left)

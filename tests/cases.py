@@ -11,6 +11,7 @@ import torch
 from decompositions import (
     CP,
     TT,
+    KroneckerSum,
     LowRank,
     Network,
     TensorRing,
@@ -20,6 +21,7 @@ from decompositions import (
     fill_random,
     hooi,
     hosvd,
+    kronecker_svd,
     st_hosvd,
     svd,
     tr_svd,
@@ -97,6 +99,9 @@ CASES = [
     Case(
         "tensor-ring-turned", partial(TensorRing.random, row_modes=(4,), col_modes=(1, 3, 2), rank=2, axes=(2, 0, 3, 1))
     ),
+    Case("kronecker-two", partial(KroneckerSum.random, row_modes=(3, 2), col_modes=(2, 4), rank=3)),
+    Case("kronecker-three", partial(KroneckerSum.random, row_modes=(2, 3, 2), col_modes=(2, 1, 3), rank=2)),
+    Case("kronecker-order1-rank1", partial(KroneckerSum.random, row_modes=(3,), col_modes=(4,), rank=1)),
     Case("ttm-wide-rank1", partial(TTMatrix.random, row_modes=(1, 2), col_modes=(4, 3), rank=1)),
 ]
 
@@ -185,6 +190,12 @@ DECOMPOSITIONS = [
         "tt_svd-reversed", lambda x, *a, **k: tt_svd(x, *a, axes=range(getattr(x, "ndim", 0))[::-1], **k), lambda d: d
     ),
     Decomposition("tr_svd", tr_svd, lambda order: max(1, order - 1)),
+    Decomposition(
+        "kronecker_svd",
+        lambda x, rank=None, tol=None, **k: kronecker_svd(x, None, None, rank, tol, **k),
+        lambda d: 1,
+        2,
+    ),
     Decomposition("tree_svd", tree_svd, lambda order: max(1, 2 * order - 2)),
     Decomposition(
         "ttm_svd", lambda x, rank=None, tol=None, **k: ttm_svd(x, None, None, rank, tol, **k), lambda d: 4, 2
