@@ -21,6 +21,7 @@ from decompositions.formats.gauge import round as round
 from decompositions.formats.kronecker_sum import KroneckerSum as KroneckerSum
 from decompositions.formats.low_rank import LowRank as LowRank
 from decompositions.formats.modes import balanced_modes as balanced_modes
+from decompositions.formats.monarch import Monarch as Monarch
 from decompositions.formats.network import Network as Network
 from decompositions.formats.network import bond_sides as bond_sides
 from decompositions.formats.plan import Plan as Plan
@@ -41,6 +42,7 @@ from decompositions.linalg import unfold as unfold
 from decompositions.low_rank import svd as svd
 from decompositions.measure import calibrate as calibrate
 from decompositions.measure import time_plans as time_plans
+from decompositions.monarch import monarch_projection as monarch_projection
 from decompositions.randomized import randomized_basis as randomized_basis
 from decompositions.ring import tr_als as tr_als
 from decompositions.ring import tr_svd as tr_svd

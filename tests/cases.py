@@ -13,6 +13,7 @@ from decompositions import (
     TT,
     KroneckerSum,
     LowRank,
+    Monarch,
     Network,
     TensorRing,
     Tree,
@@ -102,6 +103,10 @@ CASES = [
     Case("kronecker-two", partial(KroneckerSum.random, row_modes=(3, 2), col_modes=(2, 4), rank=3)),
     Case("kronecker-three", partial(KroneckerSum.random, row_modes=(2, 3, 2), col_modes=(2, 1, 3), rank=2)),
     Case("kronecker-order1-rank1", partial(KroneckerSum.random, row_modes=(3,), col_modes=(4,), rank=1)),
+    Case("monarch-two", partial(Monarch.random, row_modes=(4, 3), col_modes=(2, 5), rank=2)),
+    Case("monarch-rank1", partial(Monarch.random, row_modes=(3, 2), col_modes=(2, 3))),
+    Case("monarch-three", partial(Monarch.random, row_modes=(2, 3, 2), col_modes=(3, 1, 2), rank=(2, 2))),
+    Case("monarch-one", partial(Monarch.random, row_modes=(3,), col_modes=(4,))),
     Case("ttm-wide-rank1", partial(TTMatrix.random, row_modes=(1, 2), col_modes=(4, 3), rank=1)),
 ]
 
