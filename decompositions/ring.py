@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import ceil, inf, prod
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Inexact
@@ -185,7 +185,7 @@ def tr_als(
             generator=generator,
         )
         if first == "tr_svd":
-            net = _filled(tr_svd(target.unit, caps, axes=ring), net)
+            net = _filled(cast(TensorRing, tr_svd(target.unit, caps, axes=ring)), net)
         found = sweeps(target, net, tol, max_sweeps, improvement, progress)
         ends.append(found[1][-1])
         if best is None or found[1][-1] < best[1][-1]:
@@ -197,9 +197,8 @@ def tr_als(
     return finish("tr_als", made, x, tol, Fit(0.0, best[2], tuple(best[1]), tuple(ends)), with_fit)
 
 
-def _filled(small: TensorRing | tuple[TensorRing, float], random: TensorRing) -> TensorRing:
+def _filled(small: TensorRing, random: TensorRing) -> TensorRing:
     """The cores of the first in the corners of the second, whose other entries are small: room to grow into."""
-    assert isinstance(small, TensorRing)
     cores = []
     for part, core in zip(small.cores, random.cores, strict=True):
         size = float(part.abs().max()) / (float(core.abs().max()) or 1.0)

@@ -163,6 +163,7 @@ class Decomposition:
     cuts: Callable[[int], int]
     min_order: int = 1
     methods: tuple[str, ...] = ("auto", "exact", "gram", "randomized")
+    balanced: bool = False  # the norm is spread over the cores, not kept in one
 
     def __call__(self, x: torch.Tensor, *args: Any, **options: Any) -> Any:
         return self.run(x, *args, **options)
@@ -200,6 +201,7 @@ DECOMPOSITIONS = [
         lambda x, rank=None, tol=None, **k: kronecker_svd(x, None, None, rank, tol, **k),
         lambda d: 1,
         2,
+        balanced=True,
     ),
     Decomposition("tree_svd", tree_svd, lambda order: max(1, 2 * order - 2)),
     Decomposition(

@@ -205,7 +205,7 @@ def test_public_names_have_a_docstring_with_an_example(package, name, value):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_public_names_are_few(package):
-    assert len(public(package)) <= 48
+    assert len(public(package)) <= 60  # nine formats and what decomposes into them are half of `decompositions`
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if ">>>" in path.read_text(encoding="utf-8")], ids=names)
