@@ -46,6 +46,11 @@ from decompositions.monarch import monarch_projection as monarch_projection
 from decompositions.randomized import randomized_basis as randomized_basis
 from decompositions.ring import tr_als as tr_als
 from decompositions.ring import tr_svd as tr_svd
+from decompositions.select import energy_rank as energy_rank
+from decompositions.select import evbmf_rank as evbmf_rank
+from decompositions.select import parameter_terms as parameter_terms
+from decompositions.select import ranks_under as ranks_under
+from decompositions.select import select_ranks as select_ranks
 from decompositions.tree import tree_svd as tree_svd
 from decompositions.tt import tt_svd as tt_svd
 from decompositions.tt import ttm_svd as ttm_svd
