@@ -519,3 +519,78 @@ def test_the_report_states_the_floor_of_training():
     assert factored.floor is None
     assert "0: at least 1.6" in str(report)
     assert "a larger batch or smaller ranks would help" in str(report)
+
+
+# --- one budget for all layers ---
+
+
+def budget_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32))
+    with torch.no_grad():  # a layer of small rank: it needs little of the budget
+        model[5].weight.copy_(torch.randn(32, 2) @ torch.randn(2, 48))
+    return model
+
+
+def budget_policy():
+    return {nn.Conv2d: partial(tucker2, tol=1e-4), nn.Linear: partial(svd, tol=1e-6)}
+
+
+@pytest.mark.parametrize("budget", [900, 2000, 0.2, 0.5])
+def test_a_budget_is_met_by_all_networks_together(budget):
+    model = budget_model()
+    dense = sum(model[k].weight.numel() for k in (0, 3, 5))
+    report = tnlayers.tensorize(model, budget_policy(), budget=budget, skip_if_no_gain=False)
+    held = sum(layer.numel() for layer in model.modules() if isinstance(layer, tnlayers.NetworkLayer))
+    allowed = budget if isinstance(budget, int) else int(budget * dense)
+    assert 0.93 * allowed <= held <= allowed
+    assert model[5].network.ranks[0] == 2
+    lines = report.budget.splitlines()
+    assert lines[0].startswith(f"budget: {held:,} of {allowed:,}")
+    assert any(line.startswith("5.a: rank 2, cuts") for line in lines)
+    assert lines[0] in str(report)
+    assert tnlayers.Report.from_dict(report.to_dict()).budget == report.budget
+
+
+def test_a_budget_is_spent_better_than_equal_ranks():
+    """The same parameters, ranks chosen together: a smaller sum of relative squared errors."""
+
+    def error(model):
+        rest = zip((model[3], model[5]), (budget_model()[3], budget_model()[5]), strict=True)
+        return sum(float(((a.weight - b.weight).norm() / b.weight.norm()) ** 2) for a, b in rest)
+
+    together, equal = budget_model(), budget_model()
+    tnlayers.tensorize(equal, {nn.Linear: partial(svd, rank=6)})
+    spent = equal[3].numel() + equal[5].numel()
+    tnlayers.tensorize(together, {nn.Linear: partial(svd, tol=1e-6)}, budget=spent)
+    assert together[3].numel() + together[5].numel() <= spent
+    with torch.no_grad():
+        assert error(together) < 0.9 * error(equal)
+
+
+def test_a_budget_and_ties():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24)
+            self.b.weight = self.a.weight
+
+    model = Tied()
+    tnlayers.tensorize(model, partial(svd, tol=1e-6), budget=600)
+    assert all(p is q for p, q in zip(model.a.cores, model.b.cores, strict=True))
+    assert model.a.numel() + model.c.numel() <= 600
+
+
+def test_budgets_that_make_no_sense(unchecked):
+    for budget in (0, -5, 1.5, 0.0, True, "half", float("nan")):
+        with pytest.raises(ValueError, match="tensorize: budget must be a number of parameters"):
+            tnlayers.tensorize(budget_model(), budget_policy(), budget=budget)
+    model = budget_model()
+    with pytest.raises(ValueError, match="the budget must hold the least ranks"):
+        tnlayers.tensorize(model, budget_policy(), budget=50)
+    assert isinstance(model[3], nn.Linear)
+    assert not isinstance(model[3], tnlayers.NetworkLayer)
+    from decompositions import monarch_projection
+
+    with pytest.raises(ValueError, match=r"budget= rounds networks, which must be trees, got Monarch.* for 3"):
+        tnlayers.tensorize(model, {"3": monarch_projection}, budget=5000)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from decompositions import Network, bond_sides, numel, possible_ranks, unfold
 from decompositions.linalg import gram, relative_error
+from tnlayers.budget import cut_to_budget, parameters_allowed, told
 from tnlayers.dense import Recipe
 from tnlayers.explain import layer_floor
 from tnlayers.layer import NetworkLayer, Shapes
@@ -41,6 +43,7 @@ def tensorize(
     skip_if_no_gain: bool = True,
     example_input: Any = None,
     spectra: bool = True,
+    budget: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
     """Replace the layers of a model, in place, by layers whose weight is the recipe's network.
@@ -60,13 +63,18 @@ def tensorize(
         example_input: a tensor, a tuple or a dict of keyword arguments for the model; plans are made for its batch and
             FLOPs counted at its sizes.
         spectra: compute singular values for the report's figures.
+        budget: parameters that all networks may hold together (an int), or a share of those of the dense weights that
+            they replace (a float in (0, 1]). The recipes then make networks of high ranks (by a small tolerance, or
+            exact), and ranks are chosen for all layers together, least relative squared error first (`ranks_under`);
+            the report's `budget` says which and why.
         progress: called as (done, total, name) before each layer.
 
     Returns:
         Report with one row for each layer that the policy names or could have named.
 
     Raises:
-        ValueError: a pattern that matches nothing; a recipe that fails (the message names the layer).
+        ValueError: a pattern that matches nothing; a recipe that fails (the message names the layer); a budget below
+            rank 1 everywhere, or with networks that are no trees.
         TypeError: a policy of another kind.
 
     Example:
@@ -86,7 +94,12 @@ def tensorize(
     reasons = _reasons(candidates, rules)
     _keep_ties(model, candidates, reasons)
     seen = _run_example(model, example_input)
-    layers = _make_layers(candidates, rules, reasons, skip_if_no_gain, progress)
+    ready: dict[int, Network] = {}
+    told_budget = ""
+    if budget is not None:
+        full = _make_layers(candidates, rules, dict(reasons), False, progress)
+        ready, told_budget = _fit(candidates, full, budget)
+    layers = _make_layers(candidates, rules, reasons, skip_if_no_gain, None if ready else progress, ready)
     _keep_ties(model, candidates, reasons)  # a layer without gain stays dense, and so do those tied to it
     layers = {key: layer for key, layer in layers.items() if not reasons[key]}
     for site in candidates:
@@ -103,7 +116,24 @@ def tensorize(
             if id(site.module) in seen:
                 layer.plan_for_shapes(seen[id(site.module)])
             replace(model, site, layer)
-    return Report(tuple(rows), params_dense, _parameter_count(model))
+    return Report(tuple(rows), params_dense, _parameter_count(model), budget=told_budget)
+
+
+def _fit(candidates: Sequence[Site], full: dict[int, NetworkLayer], budget: float) -> tuple[dict[int, Network], str]:
+    """Networks by the id of the dense weight, cut to the budget; and the words that say how."""
+    names: dict[str, int] = {}
+    networks, dense = {}, 0
+    for site in candidates:
+        module: Any = site.module
+        if id(module) in full and id(module.weight) not in names.values():
+            names[site.name] = id(module.weight)
+            networks[site.name] = full[id(module)].network.detach()
+            dense += module.weight.numel()
+    allowed = parameters_allowed(budget, dense)
+    if not networks:
+        return {}, ""
+    cut, choice = cut_to_budget(networks, allowed)
+    return {names[name]: net for name, net in cut.items()}, told(choice, list(networks))
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -242,8 +272,12 @@ def _make_layers(
     reasons: dict[int, str],
     skip_if_no_gain: bool,
     progress: Callable[[int, int, str], None] | None,
+    ready: Mapping[int, Network] | None = None,
 ) -> dict[int, NetworkLayer]:
-    """Stand-ins by the id of their module; what gains nothing goes into `reasons` instead."""
+    """Stand-ins by the id of their module; what gains nothing goes into `reasons` instead.
+
+    A network that is `ready`, by the id of the dense weight, stands for its recipe.
+    """
     layers: dict[int, NetworkLayer] = {}
     by_weight: dict[int, NetworkLayer] = {}
     targets = [site for site in candidates if not reasons[id(site.module)]]
@@ -252,7 +286,8 @@ def _make_layers(
             progress(done, len(targets), site.name)
         module: Any = site.module
         tied = by_weight.get(id(module.weight))
-        recipe: Any = rules.recipe_for(site)
+        made = (ready or {}).get(id(module.weight))
+        recipe: Any = rules.recipe_for(site) if made is None else partial(_given, network=made)
         layer = _convert(site, recipe, tied)
         if skip_if_no_gain and layer.numel() >= module.weight.numel():
             reasons[id(module)] = f"no gain: {layer.numel():,} parameters in {layer.network!r}"
@@ -261,6 +296,10 @@ def _make_layers(
             tie_cores(tied, layer)
         by_weight[id(module.weight)] = layers[id(module)] = layer
     return layers
+
+
+def _given(_: Tensor, network: Network) -> Network:
+    return network
 
 
 def _convert(site: Site, recipe: Recipe, tied: NetworkLayer | None) -> NetworkLayer:

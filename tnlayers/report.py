@@ -109,6 +109,7 @@ class Report:
         params_dense: parameters of the whole model before (also of layers without a row).
         params: parameters of the whole model now.
         title: heading of the table and the page.
+        budget: how ranks were chosen under a budget, a line a bond; empty without one.
 
     Example:
         >>> row = LayerRow("fc", "Linear", (8, 8), "kept", reason="excluded", params_dense=72, params=72)
@@ -121,6 +122,7 @@ class Report:
     params_dense: int
     params: int
     title: str = "tensorize"
+    budget: str = ""
 
     def __str__(self) -> str:
         return self.table()
@@ -143,7 +145,7 @@ class Report:
             tensorize: 0 of 0 layers converted, parameters 10 -> 10 (100%)
             no layer of this model can be converted
         """
-        lines = [printable(f"{self.title}: {self._summary()}")]
+        lines = [printable(f"{self.title}: {self._summary()}"), *self.budget.splitlines()[:1]]
         if not self.rows:
             return "\n".join([*lines, "no layer of this model can be converted"])
         lines += ["", text_table(_COLUMNS, [_cells(row) for row in self.rows], width=width)]
@@ -202,6 +204,7 @@ class Report:
             "params_dense": int(self.params_dense),
             "params": int(self.params),
             "compression": self.compression,
+            "budget": self.budget,
             "rows": rows,
         }
 
@@ -222,6 +225,7 @@ class Report:
             params_dense=_entry(data, "params_dense", int, "report"),
             params=_entry(data, "params", int, "report"),
             title=_entry(data, "title", str, "report"),
+            budget=_entry(data, "budget", str, "report") if "budget" in data else "",
         )
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *, spectra: bool = True) -> str:
