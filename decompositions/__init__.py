@@ -1,6 +1,7 @@
 """Multilinear algebra on tensor networks: formats, gauges, plans and decompositions. No `nn.Module` lives here."""
 
 from decompositions.als import als as als
+from decompositions.best_format import best_format as best_format
 from decompositions.cp import cp_als as cp_als
 from decompositions.explain import explain as explain
 from decompositions.formats.algebra import add as add
