@@ -32,7 +32,7 @@ from tnlayers.files import write_atomic
 from tnlayers.main_job.data import Dataset, load_data
 from tnlayers.main_job.training import accuracy
 
-TRIALS = (1e-3, 2e-3, 4e-3)
+TRIALS = (1e-3, 2e-3, 4e-3, 8e-3)
 EULER_TRIALS = (0.05, 0.1, 0.2)
 """Of the arm without moments; the paper used .05."""
 
@@ -224,7 +224,8 @@ def quality(store: Store, arguments: argparse.Namespace) -> list[dict[str, Any]]
         data = load_data(f"cifar10:{arguments.cifar}")
         seeds = seeds if arguments.full else 1
         rows.append(row(store, data, "vgg6", "dense", epochs, seeds))
-        rows.append(row(store, data, "vgg6", "rank-adaptive", epochs, seeds, share=0.10, format="low_rank"))
+        for arm, own in (("rank-adaptive", {"start": 32}), ("fixed rank", {})):
+            rows.append(row(store, data, "vgg6", arm, epochs, seeds, share=0.10, format="low_rank", **own))
     return rows
 
 

@@ -141,7 +141,7 @@ def _candidates(
     tensors: list[tuple[str, Modes]] = [(f" {d}+{d}", _balanced(out, width, d)) for d in orders]
     if weight.ndim > 2:
         tensors.append((" of its axes", ((out,), tuple(weight.shape[1:]))))
-    swept = {"max_sweeps": sweeps, "generator": generator}
+    swept: dict[str, Any] = {"max_sweeps": sweeps, "generator": generator}
     for text, modes in tensors:
         found += [
             ("Tucker" + text, Tucker, modes, _of_tensor(hooi, modes)),
