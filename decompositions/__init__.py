@@ -3,6 +3,7 @@
 from decompositions.als import als as als
 from decompositions.best_format import best_format as best_format
 from decompositions.cp import cp_als as cp_als
+from decompositions.draw import draw as draw
 from decompositions.explain import explain as explain
 from decompositions.formats.algebra import add as add
 from decompositions.formats.algebra import apply as apply
