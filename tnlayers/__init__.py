@@ -27,6 +27,7 @@ from tnlayers.linear import Linear as Linear
 from tnlayers.optim import RankAdaptive as RankAdaptive
 from tnlayers.optim import RankLimitWarning as RankLimitWarning
 from tnlayers.optim import compact as compact
+from tnlayers.parametrize import NetworkWeight as NetworkWeight
 from tnlayers.rank_change import RankChangeWarning as RankChangeWarning
 from tnlayers.report import LayerRow as LayerRow
 from tnlayers.report import Report as Report
