@@ -10,7 +10,7 @@ BENCHPY = $(if $(wildcard $(BENCH)/.installed),$(BENCH)/bin/python,$(BIN)/python
 FULL ?=
 
 .PHONY: demo test lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
-  bench-decompositions bench-integrators bench-rank-adaptive bench-gpu
+  bench-decompositions bench-formats bench-integrators bench-rank-adaptive bench-gpu
 
 help:
 	@echo "make demo         digits: dense, tensorized, tensor-from-scratch and rank-adaptive nets; table, figures, a page in runs/"
@@ -19,7 +19,7 @@ help:
 	@echo "make bench-mnist  the accuracy rows of the README (MNIST=PATH, default ../shared/data/mnist); about 10 minutes"
 	@echo "make bench-import what import tnlayers adds to import torch"
 	@echo "make bench-env    an environment with the peers (tensorly-torch, tntorch, ...), for the next ones"
-	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-integrators, bench-plans,"
+	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-formats, bench-integrators, bench-plans,"
 	@echo "  bench-rank-adaptive, bench-gpu   tables into benchmarks/results"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -57,7 +57,7 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 
 bench-env: $(BENCH)/.installed
 
-bench-layers bench-convolutions bench-integrators bench-plans bench-gpu: bench-%: $(STAMP)
+bench-layers bench-convolutions bench-formats bench-integrators bench-plans bench-gpu: bench-%: $(STAMP)
 	$(BENCHPY) benchmarks/$*.py $(FULL)
 
 bench-rank-adaptive: $(STAMP)

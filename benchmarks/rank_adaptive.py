@@ -32,7 +32,7 @@ from tnlayers.files import write_atomic
 from tnlayers.main_job.data import Dataset, load_data
 from tnlayers.main_job.training import accuracy
 
-TRIALS = (1e-3, 2e-3, 4e-3, 8e-3)
+TRIALS = {"lenet": (1e-3, 2e-3, 4e-3), "mlp": (1e-3, 2e-3, 4e-3), "vgg6": (1e-3, 2e-3, 4e-3, 8e-3)}
 EULER_TRIALS = (0.05, 0.1, 0.2)
 """Of the arm without moments; the paper used .05."""
 
@@ -79,7 +79,7 @@ def tuned(store: Store, data: Dataset, net: str, arm: str, options: dict[str, An
         torch.manual_seed(100)
         return accuracy(ARMS[arm](net, Loop(small, 1, 100), lr, **options), small.test_x, small.test_y)
 
-    trials = EULER_TRIALS if arm.startswith("DLRT") else TRIALS
+    trials = EULER_TRIALS if arm.startswith("DLRT") else TRIALS[net]
     found = {lr: store.get(["trial", net, arm, _plain(options), lr], lambda lr=lr: one(lr)) for lr in trials}
     return max(found, key=lambda lr: found[lr])
 
@@ -291,9 +291,10 @@ def main() -> None:
                 ["net", "arm", "format", "start", "parameters kept", "test accuracy", "published", "reach", "lr"], table
             )
         )
+        trials = sorted({lr for entry in found for lr in TRIALS[entry["net"]]})
         notes.append(
             f"{found[0]['epochs']} epochs, batch {BATCH}, one cycle, weight decay .01; learning rate of every arm the "
-            f"best of {', '.join(f'{lr:g}' for lr in TRIALS)} (of the one without moments "
+            f"best of {', '.join(f'{lr:g}' for lr in trials)} (the largest for vgg6 alone; of the arm without moments "
             f"{', '.join(f'{lr:g}' for lr in EULER_TRIALS)}) on 10,000 held-out images after an epoch of 20,000."
         )
     name = "rank_adaptive" + ("_full" if arguments.full else "")
