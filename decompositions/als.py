@@ -51,7 +51,7 @@ def als(
     tol: float | None = None,
     *,
     max_sweeps: int = 100,
-    improvement: float = 1e-8,
+    improvement: int | float = 1e-8,
     progress: Callable[[int, float], None] | None = None,
     with_fit: bool = False,
 ) -> N | tuple[N, Fit]:
@@ -104,7 +104,7 @@ def als(
     return finish("als", fitted, x, tol, Fit(0.0, converged, tuple(errors), (errors[-1],)), with_fit)
 
 
-def check_sweeps(name: str, max_sweeps: int, improvement: float, restarts: int = 0) -> None:
+def check_sweeps(name: str, max_sweeps: int, improvement: int | float, restarts: int = 0) -> None:
     """Refuse counts and a threshold that make no sense."""
     for key, value, least in (("restarts", restarts, 0), ("max_sweeps", max_sweeps, 1)):
         if isinstance(value, bool) or not isinstance(value, Integral):
@@ -132,7 +132,7 @@ def sweeps(
     start: N,
     tol: float | None,
     max_sweeps: int,
-    improvement: float,
+    improvement: int | float,
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[N, list[float], bool]:
     """Sweeps from one start: the network in double precision, its error after each sweep, whether it converged."""

@@ -79,7 +79,7 @@ class Trials:
 
 def best_format(
     weight: Inexact[Tensor, "m *n"],
-    budget: float,
+    budget: int | float,
     *,
     orders: Sequence[int] = (2, 3),
     sweeps: int = 10,

@@ -27,7 +27,7 @@ def cp_als(
     nonnegative: bool = False,
     num_rows: int | None = None,
     max_sweeps: int = 200,
-    improvement: float = 1e-8,
+    improvement: int | float = 1e-8,
     method: Literal["exact", "randomized"] = "exact",
     with_fit: bool = False,
     generator: torch.Generator | None = None,
@@ -102,7 +102,9 @@ def cp_als(
     return finish("cp_als", CP([f * spread for f in factors], num_rows), x, tol, fit, with_fit)
 
 
-def _check_options(rank: int, start: str, restarts: int, max_sweeps: int, improvement: float, method: str) -> None:
+def _check_options(
+    rank: int, start: str, restarts: int, max_sweeps: int, improvement: int | float, method: str
+) -> None:
     if isinstance(rank, bool) or not isinstance(rank, Integral):
         raise TypeError(f"cp_als: rank must be an int, got {rank!r}")
     if rank < 1:
@@ -120,7 +122,7 @@ def _sweeps(
     start: str,
     nonnegative: bool,
     max_sweeps: int,
-    improvement: float,
+    improvement: int | float,
     tol: float | None,
     method: str,
     generator: torch.Generator | None,

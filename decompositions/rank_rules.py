@@ -9,7 +9,7 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 
-def energy_rank(values: Inexact[Tensor, "n"], energy: float = 0.99) -> int:
+def energy_rank(values: Inexact[Tensor, "n"], energy: int | float = 0.99) -> int:
     """Least rank that keeps a share of the squared norm.
 
     Args:
@@ -34,7 +34,7 @@ def energy_rank(values: Inexact[Tensor, "n"], energy: float = 0.99) -> int:
     return max(1, min(len(values), int((kept < energy * (1 - 1e-12)).sum()) + 1))
 
 
-def evbmf_rank(values: Inexact[Tensor, "n"], shape: tuple[int, int], noise: float | None = None) -> int:
+def evbmf_rank(values: Inexact[Tensor, "n"], shape: tuple[int, int], noise: int | float | None = None) -> int:
     """Rank by the analytic solution of empirical variational Bayes matrix factorization: what stands above the noise.
 
     With `alpha = m / n` for m <= n, a singular value is kept where `sigma^2 > n noise^2 (1 + tau)(1 + alpha / tau)`,

@@ -122,7 +122,7 @@ def tr_als(
     axes: Sequence[int] | None = None,
     num_rows: int | None = None,
     max_sweeps: int = 100,
-    improvement: float = 1e-8,
+    improvement: int | float = 1e-8,
     progress: Callable[[int, float], None] | None = None,
     with_fit: bool = False,
     generator: torch.Generator | None = None,

@@ -19,7 +19,7 @@ from decompositions.formats.gauge import bond_singular_values, possible_ranks, r
 from decompositions.formats.low_rank import LowRank
 from decompositions.formats.network import Network
 
-Spectra = Mapping[str, Sequence[float] | Tensor | np.ndarray]
+Spectra = Mapping[str, Sequence[int | float] | Tensor | np.ndarray]
 
 
 class Term(NamedTuple):
@@ -30,7 +30,7 @@ class Term(NamedTuple):
         bonds: whose ranks multiply.
     """
 
-    factor: float
+    factor: int | float
     bonds: tuple[str, ...]
 
 
@@ -84,7 +84,7 @@ def select_ranks(
     *,
     method: Literal["exact", "greedy"] = "exact",
     multiple: int = 1,
-    max_seconds: float = 60.0,
+    max_seconds: int | float = 60.0,
 ) -> Choice:
     """The ranks with the smallest sum of squared tails whose price fits a budget.
 
@@ -151,7 +151,7 @@ def ranks_under(
     nets: Sequence[Network],
     budget: int,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[int | float] | None = None,
     method: Literal["exact", "greedy"] = "greedy",
     multiple: int = 1,
 ) -> tuple[list[dict[str, int]], Choice]:
@@ -371,7 +371,7 @@ class _Problem:
         raised[k] = max(fits[-1] if fits else ranks[k], ranks[k])
         return self._climbed(raised)
 
-    def exact(self, start: list[int], max_seconds: float) -> Choice:
+    def exact(self, start: list[int], max_seconds: int | float) -> Choice:
         """Outer approximation: integer programs in which the price is replaced by its tangent planes."""
         import time
 
@@ -388,7 +388,7 @@ class _Problem:
         rows = csr_matrix((np.ones(count), (owner, np.arange(count))), shape=(len(self.bonds), count))
         one = LinearConstraint(rows, 1, 1)
 
-        def plane(ranks: Sequence[float]) -> tuple[np.ndarray, float]:
+        def plane(ranks: Sequence[int | float]) -> tuple[np.ndarray, float]:
             """`sum_t P_t (1 + sum_k (log r_k - log ranks_k)) <= budget`: below the price everywhere, equal here.
 
             Terms of one bond are linear in the variables and stand as they are.

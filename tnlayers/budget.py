@@ -8,7 +8,7 @@ from decompositions import Network, round
 from decompositions.select import Choice, ranks_under
 
 
-def parameters_allowed(budget: float, dense: int) -> int:
+def parameters_allowed(budget: int | float, dense: int) -> int:
     """Parameters of a budget: a count, or a share of what the dense weights hold.
 
     Raises:

@@ -43,7 +43,7 @@ def tensorize(
     skip_if_no_gain: bool = True,
     example_input: Any = None,
     spectra: bool = True,
-    budget: float | None = None,
+    budget: int | float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
     """Replace the layers of a model, in place, by layers whose weight is the recipe's network.
@@ -119,7 +119,9 @@ def tensorize(
     return Report(tuple(rows), params_dense, _parameter_count(model), budget=told_budget)
 
 
-def _fit(candidates: Sequence[Site], full: dict[int, NetworkLayer], budget: float) -> tuple[dict[int, Network], str]:
+def _fit(
+    candidates: Sequence[Site], full: dict[int, NetworkLayer], budget: int | float
+) -> tuple[dict[int, Network], str]:
     """Networks by the id of the dense weight, cut to the budget; and the words that say how."""
     names: dict[str, int] = {}
     networks, dense = {}, 0
