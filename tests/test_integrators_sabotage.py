@@ -16,7 +16,7 @@ from torch import Tensor
 from decompositions import TT, LowRank, Network, Tree, Tucker, norm, scale, to_dense
 from decompositions import round as cut
 from decompositions.formats.gauge import _Cores
-from decompositions.geometry.retraction import extend
+from decompositions.geometry.retraction import extending
 from tnlayers.integrators import OperatorField, integrate, kronecker_sum
 from tnlayers.integrators import bug as bugs
 from tnlayers.integrators.fields import DenseField
@@ -27,7 +27,7 @@ from tnlayers.integrators.schemes import FIXED, SCHEMES
 from tnlayers.integrators.splitting import _splitting_order, _Walk, splitting
 from tnlayers.integrators.steps import SUBSTEPS, Stepper, Truncate, complement, pad, with_new_children
 
-gauges = import_module("decompositions.geometry.gauges").gauges
+gauging = import_module("decompositions.geometry.gauges").gauging
 
 SMALL = (
     partial(LowRank.random, row_modes=(9,), col_modes=(7,), rank=3),
@@ -280,10 +280,10 @@ DEFECTS = {
     "no second augmentation": (bugs.midpoint, "new = augment(at,", "new = half or augment(at,"),
     "whole step late": (bugs.midpoint, "step.evolve(last, step.root, t, h)", "step.evolve(last, step.root, t + h, h)"),
     "increment is the value": (_parallel, "- at.center[v])", ")"),
-    "deltas dropped": (extend, "at.up[v], xi.deltas[v]", "at.up[v], 0 * xi.deltas[v]"),
-    "deltas of the children dropped": (extend, "place += half", "pass"),
-    "R of the deltas not conjugated": (extend, "q.mH @ rest", "q.mT @ rest"),
-    "point dropped": (extend, "delta + at.center[v]", "delta"),
+    "deltas dropped": (extending, "at.up[v], xi.deltas[v]", "at.up[v], 0 * xi.deltas[v]"),
+    "deltas of the children dropped": (extending, "place += half", "pass"),
+    "R of the deltas not conjugated": (extending, "q.mH @ rest", "q.mT @ rest"),
+    "point dropped": (extending, "delta + at.center[v]", "delta"),
     "steps not repeated": (parallel, "or not _rejected(step, at, xi, result, t, h, safety)", "or True"),
     "repeated from the wrong point": (parallel, "widen(xi)", "gauges(result, step.root)"),
     "siblings not augmented": (
@@ -298,16 +298,16 @@ DEFECTS = {
         "[complement(basis, flatten(found, axis)), basis]",
     ),
     "link upward transposed": (
-        gauges,
+        gauging,
         "legs[edge.parent].index(edge.bond), r)",
         "legs[edge.parent].index(edge.bond), r.mT)",
     ),
     "link downward transposed": (
-        gauges,
+        gauging,
         "legs[edge.child].index(edge.bond), r)",
         "legs[edge.child].index(edge.bond), r.mT)",
     ),
-    "V from the old cores": (gauges, "flatten(center[edge.parent], axis)", "flatten(net.cores[edge.parent], axis)"),
+    "V from the old cores": (gauging, "flatten(center[edge.parent], axis)", "flatten(net.cores[edge.parent], axis)"),
     "bra not conjugated": (DenseField.restrict, ".conj()", ""),
     "message not conjugated": (OperatorField._message, "core.conj()", "core"),
     "stale messages": (_Messages.get, "all(a is b and u == v for", "all(a.shape == b.shape for"),
