@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tnlayers
-from decompositions import LowRank, TTMatrix, Tucker, svd, ttm_svd, tucker2
+from decompositions import LowRank, TTMatrix, Tucker, ranks_under, svd, ttm_svd, tucker2
+from decompositions import round as cut
 from tnlayers.main_job.data import Dataset
 from tnlayers.main_job.training import learning_rate
-from tnlayers.optim.ranks import Ranks, within_budget
 
 BATCH = 128
 SETTLE = 0.6
@@ -203,19 +203,12 @@ def train_fixed(net: str, loop: Loop, lr: float, *, share: float, whole: int, fo
 
 
 def cut_to_share(model: nn.Module, share: float, whole: int) -> None:
-    """Round every network so that all together keep the share: least singular values of all layers first."""
-    from decompositions import round as cut
-    from decompositions.formats.gauge import cut_by
-
-    found, nets = [], []
-    for layer in networks(model):
-        own = Ranks(0.0, None, 0, 1, None)
-        net, _ = cut_by(layer.network.detach(), own.chooser(layer.network.detach(), fixed=False))
-        found.append(own)
-        nets.append(net)
-    chosen = within_budget(nets, found, tolerance_of(model, share, whole))
-    for layer, net, ranks in zip(networks(model), nets, chosen, strict=True):
-        layer.set_network(cut(net, rank=ranks))
+    """Round every network so that all together keep the share, with the least sum of relative squared errors."""
+    layers = networks(model)
+    nets = [layer.network.detach() for layer in layers]
+    ranks, _ = ranks_under(nets, tolerance_of(model, share, whole))
+    for layer, net, own in zip(layers, nets, ranks, strict=True):
+        layer.set_network(cut(net, rank=own))
 
 
 def train_pruned(net: str, loop: Loop, lr: float, *, share: float, whole: int, format: str) -> nn.Module:
