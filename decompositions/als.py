@@ -212,15 +212,13 @@ def _scaled(start: N, cores: Sequence[Tensor], norm: float) -> N:
     return start.replace([core * (each / size) for core, size in zip(cores, sizes, strict=True)])
 
 
-def finish(
-    name: str, net: N, x: Tensor, tol: float | None, fit: Fit, with_fit: bool, target: Tensor | None = None
-) -> N | tuple[N, Fit]:
-    """Cast back, measure, warn where the tolerance was missed; `target` is x in the network's shape."""
+def finish(name: str, net: N, x: Tensor, tol: float | None, fit: Fit, with_fit: bool) -> N | tuple[N, Fit]:
+    """Cast back, measure, warn where the tolerance was missed."""
     made: N = net.replace([core.to(accumulate_dtype(x.dtype)).to(x.dtype) for core in net.cores])
     if not all(bool(torch.isfinite(core).all()) for core in made.cores):
         raise ValueError(f"{name}: the cores do not fit {x.dtype}; decompose x.to(torch.float32)")
     double = torch.promote_types(x.dtype, torch.float64)
-    error = relative_error(to_dense(made.to(double)), x.detach() if target is None else target)
+    error = relative_error(to_dense(made.to(double)), x.detach())
     if tol is not None and error > tol:
         reason = "ranks or starts do not suffice" if fit.converged else "max_sweeps binds"
         warn_truncation(name, error, tol, reason)

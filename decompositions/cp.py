@@ -42,7 +42,7 @@ def cp_als(
     Args:
         x: a real tensor of any order >= 1.
         rank: number of rank-one terms.
-        tol: relative Frobenius error at which to stop.
+        tol: relative Frobenius error at which to stop (with `nonnegative` after a start only).
         start: "hosvd" (leading singular vectors of every unfolding, filled up by random columns) or "random".
         restarts: further, random, starts.
         nonnegative: keep all factors >= 0 (hierarchical ALS).

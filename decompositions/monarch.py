@@ -85,9 +85,9 @@ def monarch_projection(
         blocks = [*(f"j{s}" for s in range(t + 1)), *(f"i{s}" for s in range(t + 1, d))]
         made = [f"i{t}", *(f"r{s}" for s in (t - 1,) if s >= 0)]
         seen = [f"j{s}" for s in range(t + 1, d)]
-        order_ = [labels.index(label) for label in (*blocks, *made, *seen)]
+        axes = [labels.index(label) for label in (*blocks, *made, *seen)]
         shape = [sizes[label] for label in (*blocks, *made, *seen)]
-        stack = rest.permute(order_).reshape(prod(shape[: len(blocks)]), prod(sizes[x] for x in made), -1)
+        stack = rest.permute(axes).reshape(prod(shape[: len(blocks)]), prod(sizes[x] for x in made), -1)
         u, s, vh = safe_svd(stack)
         squares = s.double().square().sum(0)  # rank r in every block drops the values from r on in all
         keep = min(caps[t], len(squares))

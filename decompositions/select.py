@@ -58,8 +58,11 @@ class Choice:
         """Bound on the relative error: root of the sum of the tails."""
         return sqrt(sum(self.tails.values()))
 
-    def explain(self) -> str:
+    def explain(self, names: Mapping[str, str] | None = None) -> str:
         """A line a bond: its rank, what is cut there, and what one more would save.
+
+        Args:
+            names: other names of bonds.
 
         Example:
             >>> choice = select_ranks({"r": [4.0, 2.0, 1.0]}, [Term(10, ("r",))], 20)
@@ -70,8 +73,8 @@ class Choice:
         kind = "optimal" if self.optimal else "greedy"
         lines = [f"{self.price:,} of {self.budget:,}, error <= {self.error:.3g} ({kind})"]
         lines += [
-            f"{bond}: rank {rank}, cuts {self.tails[bond]:.1e} of the squared norm, one more would save "
-            f"{self.next_gain[bond]:.1e}"
+            f"{(names or {}).get(bond, bond)}: rank {rank}, cuts {self.tails[bond]:.1e} of the squared norm, "
+            f"one more would save {self.next_gain[bond]:.1e}"
             for bond, rank in self.ranks.items()
         ]
         return "\n".join(lines)
@@ -91,7 +94,7 @@ def select_ranks(
     "exact": a rank of a bond is a binary variable; the price is convex in the logarithms of the ranks, so that tangent
     planes cut off what is too dear until the optimum of the linear program fits (scipy's HiGHS). "greedy": from the
     least ranks up, always the step that saves most for its price, then exchanges of single ranks.
-    Spectra are taken relative to the norm of the first bond of each network; scaled alike they give the same ranks.
+    Spectra are divided by the largest norm among the bonds; scaled alike they give the same ranks.
     Cost: greedy O(sum of ranks x bonds); exact a few to a few dozen integer programs of one variable a rank.
 
     Args:
@@ -114,13 +117,7 @@ def select_ranks(
         >>> select_ranks(two, [Term(1, ("a", "b")), Term(4, ("a",)), Term(4, ("b",))], 20).ranks
         {'a': 2, 'b': 2}
     """
-    problem = _Problem("select_ranks", spectra, terms, budget, multiple)
-    if method not in ("exact", "greedy"):
-        raise ValueError(f"select_ranks: method must be 'exact' or 'greedy', got {method!r}")
-    found = problem.greedy()
-    if method == "greedy":
-        return problem.choice(found, optimal=False)
-    return problem.exact(found, max_seconds)
+    return _select(_Problem("select_ranks", spectra, terms, budget, multiple), method, max_seconds)
 
 
 @singledispatch
@@ -194,7 +191,8 @@ def ranks_under(
                 spectra[f"{k}.{bond}"] = values[bond].double()[:most] / norm * sqrt(weight)
                 caps[f"{k}.{bond}"] = most
         terms += [Term(term.factor, tuple(f"{k}.{bond}" for bond in term.bonds)) for term in own]
-    choice = _select("ranks_under", spectra, terms, budget, method, multiple)
+    problem = _Problem("ranks_under", spectra, terms, budget, multiple, relative=False)
+    choice = _select(problem, method, 60.0)
     found = []
     for k, net in enumerate(nets):
         own_ranks = {bond: choice.ranks.get(f"{k}.{bond}") for bond in net.bonds}
@@ -203,10 +201,11 @@ def ranks_under(
     return found, choice
 
 
-def _select(name: str, spectra: Spectra, terms: Sequence[Term], budget: int, method: str, multiple: int) -> Choice:
-    problem = _Problem(name, spectra, terms, budget, multiple, relative=False)
+def _select(problem: "_Problem", method: str, max_seconds: int | float) -> Choice:
+    if method not in ("exact", "greedy"):
+        raise ValueError(f"{problem.name}: method must be 'exact' or 'greedy', got {method!r}")
     found = problem.greedy()
-    return problem.choice(found, optimal=False) if method == "greedy" else problem.exact(found, 60.0)
+    return problem.choice(found, optimal=False) if method == "greedy" else problem.exact(found, max_seconds)
 
 
 class _Problem:
@@ -225,7 +224,7 @@ class _Problem:
             raise ValueError(f"{name}: budget must be a finite number, got {budget!r}")
         if isinstance(multiple, bool) or not isinstance(multiple, Integral) or multiple < 1:
             raise ValueError(f"{name}: multiple must be an int >= 1, got {multiple!r}")
-        self.name = name
+        self.name: str = name
         self.budget: int = int(budget)
         self.bonds: list[str] = list(spectra)
         self.squares: list[np.ndarray] = []

@@ -26,9 +26,10 @@ from decompositions import (
 )
 from decompositions import round as cut
 from decompositions.geometry import gauges, project
+from decompositions.lockstep import alone
 from tnlayers import RankAdaptive, RankLimitWarning
 from tnlayers.integrators.integrate import default_root
-from tnlayers.optim.growth import widen_bonds
+from tnlayers.optim.growth import widening
 from tnlayers.optim.ranks import Ranks, within_budget
 
 F64 = torch.float64
@@ -327,7 +328,7 @@ def test_widened_bonds_keep_the_tensor_and_give_orthonormal_directions():
         net = teacher(family, 3)
         root = default_root(net)
         at = gauges(net, root)
-        wide = widen_bonds(at.net, dict.fromkeys(net.bonds, 99), root, generator(0))
+        wide = alone(widening(at.net, dict.fromkeys(net.bonds, 99), root, generator(0)))
         torch.testing.assert_close(to_dense(wide), to_dense(net), rtol=1e-12, atol=1e-12)
         for edge in at.edges:
             axis = net.legs[edge.child].index(edge.bond)

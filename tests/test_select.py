@@ -206,6 +206,8 @@ def test_refusals(unchecked, rng):
         select_ranks({"a": [1.0]}, terms, 50, multiple=0)
     with pytest.raises(ValueError, match="budget must be a finite number"):
         select_ranks({"a": [1.0]}, terms, float("inf"))
+    with pytest.raises(ValueError, match="ranks_under: method must be 'exact' or 'greedy', got 'best'"):
+        ranks_under([LowRank.random(row_modes=(4,), col_modes=(4,), rank=2)], 50, method="best")
     with pytest.raises(ValueError, match="weights must be a positive number a network"):
         ranks_under([LowRank.random(row_modes=(4,), col_modes=(4,), rank=2)], 50, weights=(0.0,))
     with pytest.raises(ValueError, match="ranks_under: the network must be a tree"):

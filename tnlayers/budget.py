@@ -42,11 +42,10 @@ def cut_to_budget(networks: Mapping[str, Network], allowed: int) -> tuple[dict[s
     return cut, choice
 
 
-def told(choice: Choice, names: list[str]) -> str:
-    """`Choice.explain` with the names of layers for their numbers."""
-    lines = choice.explain().splitlines()
-    named = []
-    for line in lines[1:]:
-        number, _, rest = line.partition(".")
-        named.append(f"{names[int(number)] or '(model)'}.{rest}")
-    return "\n".join([f"budget: {lines[0]}", *named])
+def told(choice: Choice, layers: list[str]) -> str:
+    """`Choice.explain` with the names of layers for the numbers of their networks."""
+    names = {}
+    for bond in choice.ranks:
+        number, _, own = bond.partition(".")
+        names[bond] = f"{layers[int(number)] or '(model)'}.{own}"
+    return f"budget: {choice.explain(names)}"

@@ -9,15 +9,15 @@ from torch import Tensor
 from decompositions import Network
 from decompositions.formats.network import tree_edges
 from decompositions.geometry.blocks import flatten, normal_basis, unflatten
-from decompositions.linalg import full_precision
-from decompositions.lockstep import Job, alone
+from decompositions.lockstep import Job
 
 N = TypeVar("N", bound=Network)
 
 
-@full_precision
-def widen_bonds(net: N, sizes: Mapping[str, int], root: int, generator: torch.Generator) -> N:
+def widening(net: N, sizes: Mapping[str, int], root: int, generator: torch.Generator) -> Job[N]:
     """The same tensor with larger bonds: random orthonormal directions beside the old ones, zeros where they are read.
+
+    A job: many networks are widened in lockstep.
 
     Args:
         net: a tree whose cores but the root are isometries toward it.
@@ -27,16 +27,13 @@ def widen_bonds(net: N, sizes: Mapping[str, int], root: int, generator: torch.Ge
 
     Example:
         >>> from decompositions import LowRank, orthogonalize, to_dense
+        >>> from decompositions.lockstep import alone
         >>> net = orthogonalize(LowRank.random(row_modes=(6,), col_modes=(5,), rank=2), 1)
-        >>> wide = widen_bonds(net, {bond: 3 for bond in net.bonds}, 1, torch.Generator().manual_seed(0))
+        >>> job = widening(net, {bond: 3 for bond in net.bonds}, 1, torch.Generator().manual_seed(0))
+        >>> wide = alone(job)
         >>> wide.ranks, bool(torch.allclose(to_dense(wide), to_dense(net), atol=1e-6))
         ((3, 3), True)
     """
-    return alone(widening(net, sizes, root, generator))
-
-
-def widening(net: N, sizes: Mapping[str, int], root: int, generator: torch.Generator) -> Job[N]:
-    """`widen_bonds` as a job, for many networks in lockstep."""
     cores: list[Tensor] = list(net.cores)
     for edge in reversed(tree_edges(net.legs, net.rows, net.cols, root)):
         core, axis = cores[edge.child], net.legs[edge.child].index(edge.bond)
