@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from decompositions.formats.tree import DimensionTree, Tree, balanced_tree, check_num_rows, read_tree, tree_ranks
+from decompositions.formats.modes import check_num_rows
+from decompositions.formats.tree import DimensionTree, Tree, balanced_tree, read_tree, tree_ranks
 from decompositions.linalg import Method, check_kind, full_precision
 from decompositions.truncation import Truncation
 

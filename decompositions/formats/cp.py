@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.formats.modes import check_num_rows
 from decompositions.formats.network import Network
 from decompositions.formats.random import fill_random
 from decompositions.linalg import check_ranks
@@ -45,9 +46,7 @@ class CP(Network):
     def __init__(self, factors: Sequence[Inexact[Tensor, "..."]], num_rows: int | None = None) -> None:
         factors = tuple(factors)
         d = len(factors)
-        num_rows = d if num_rows is None else num_rows
-        if not 0 <= num_rows <= d:
-            raise ValueError(f"CP: num_rows must be in 0..{d} (the order), got {num_rows}")
+        num_rows = check_num_rows("CP", num_rows, d)
         outside = tuple(f"i{k}" for k in range(d))
         legs = [(label, "r") if d > 1 else (label,) for label in outside]
         self._init(factors, legs, outside[:num_rows], outside[num_rows:])

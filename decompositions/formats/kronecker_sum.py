@@ -10,7 +10,7 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from decompositions.formats.algebra import transpose
-from decompositions.formats.modes import balanced_modes
+from decompositions.formats.modes import check_paired, paired_default_modes, paired_modes
 from decompositions.formats.network import Network
 from decompositions.formats.random import fill_random
 from decompositions.linalg import check_ranks
@@ -59,27 +59,21 @@ class KroneckerSum(Network):
     @classmethod
     def default_modes(cls, shape: tuple[int, ...], order: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`order` balanced modes a side; kernel axes follow as column modes beside row modes 1."""
-        out, width, *kernel = shape
-        return (*balanced_modes(out, order), *(1 for _ in kernel)), (*balanced_modes(width, order), *kernel)
+        return paired_default_modes(shape, order)
 
     @classmethod
     def operator_modes(
         cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Modes pair up: the shorter side is filled with ones."""
-        order = max(len(row_modes), len(col_modes))
-        return row_modes + (1,) * (order - len(row_modes)), col_modes + (1,) * (order - len(col_modes))
+        return paired_modes(row_modes, col_modes)
 
     @classmethod
     def skeleton(
         cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]
     ) -> "KroneckerSum":
         """Shapes alone, on the meta device."""
-        if len(row_modes) != len(col_modes):
-            raise ValueError(
-                f"KroneckerSum: row_modes and col_modes pair up, expected equal lengths, got {row_modes} and "
-                f"{col_modes}; fill with ones"
-            )
+        check_paired("KroneckerSum", row_modes, col_modes)
         pairs = list(zip(row_modes, col_modes, strict=True))
         sizes = [m * n for m, n in pairs]
         if len(pairs) == 1:

@@ -1,6 +1,10 @@
-"""Mode factorizations of any width, primes included."""
+"""Mode factorizations of any width, primes included; and what every format checks about its modes."""
 
+from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
+
+Modes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @lru_cache(maxsize=1024)
@@ -49,3 +53,54 @@ def _factorize(n: int, order: int) -> tuple[int, ...]:
                 best = candidate
         first += 1
     return best
+
+
+def paired_default_modes(shape: tuple[int, ...], order: int) -> Modes:
+    """`order` balanced modes a side; kernel axes follow as column modes beside row modes 1."""
+    out, width, *kernel = shape
+    return (*balanced_modes(out, order), *(1 for _ in kernel)), (*balanced_modes(width, order), *kernel)
+
+
+def paired_modes(row_modes: tuple[int, ...], col_modes: tuple[int, ...]) -> Modes:
+    """Modes that pair up: the shorter side is filled with ones."""
+    order = max(len(row_modes), len(col_modes))
+    return row_modes + (1,) * (order - len(row_modes)), col_modes + (1,) * (order - len(col_modes))
+
+
+def check_paired(name: str, row_modes: Sequence[int], col_modes: Sequence[int]) -> None:
+    """Refuse sides of different lengths."""
+    if len(row_modes) != len(col_modes):
+        raise ValueError(
+            f"{name}: row_modes and col_modes pair up, expected equal lengths, got {tuple(row_modes)} and "
+            f"{tuple(col_modes)}; fill with ones"
+        )
+
+
+def check_axes(name: str, axes: Sequence[int] | None, order: int) -> tuple[int, ...]:
+    """The dense axis that each core of a chain or ring carries; in their order for None."""
+    found = tuple(range(order)) if axes is None else tuple(axes)
+    if sorted(found) != list(range(order)):
+        raise ValueError(f"{name}: axes must be a permutation of 0..{order - 1} (one per core), got {found}")
+    return found
+
+
+def as_integer(value: object) -> int | None:
+    """An int, also numpy's; None for what is none (True is none, though Python counts with it)."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def check_num_rows(name: str, num_rows: int | None, order: int) -> int:
+    """How many leading axes are rows; all of them for None."""
+    if num_rows is None:
+        return order
+    found = as_integer(num_rows)
+    if found is None:
+        raise TypeError(f"{name}: num_rows must be an int or None, got {num_rows!r}")
+    if not 0 <= found <= order:
+        raise ValueError(f"{name}: num_rows must be in 0..{order} (the order), got {num_rows}")
+    return found

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from decompositions.formats.modes import balanced_modes
+from decompositions.formats.modes import check_paired, paired_default_modes, paired_modes
 from decompositions.formats.network import Labels, Network
 from decompositions.formats.random import fill_random
 from decompositions.linalg import check_ranks
@@ -61,25 +61,19 @@ class Monarch(Network):
     @classmethod
     def default_modes(cls, shape: tuple[int, ...], order: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`order` balanced modes a side; kernel axes follow as column modes beside row modes 1."""
-        out, width, *kernel = shape
-        return (*balanced_modes(out, order), *(1 for _ in kernel)), (*balanced_modes(width, order), *kernel)
+        return paired_default_modes(shape, order)
 
     @classmethod
     def operator_modes(
         cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Modes pair up: the shorter side is filled with ones."""
-        order = max(len(row_modes), len(col_modes))
-        return row_modes + (1,) * (order - len(row_modes)), col_modes + (1,) * (order - len(col_modes))
+        return paired_modes(row_modes, col_modes)
 
     @classmethod
     def skeleton(cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]) -> "Monarch":
         """Shapes alone, on the meta device. `rank`: a cap for the ranks of the blocks, or an entry a shuffle."""
-        if len(row_modes) != len(col_modes):
-            raise ValueError(
-                f"Monarch: row_modes and col_modes pair up, expected equal lengths, got {row_modes} and {col_modes}; "
-                "fill with ones"
-            )
+        check_paired("Monarch", row_modes, col_modes)
         ranks = check_ranks("Monarch", rank, block_ranks(row_modes, col_modes), "shuffle")
         sizes = {f"i{k}": size for k, size in enumerate(row_modes)}
         sizes |= {f"j{k}": size for k, size in enumerate(col_modes)}

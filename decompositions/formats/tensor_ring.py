@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.formats.modes import check_axes, check_num_rows
 from decompositions.formats.network import Labels, Network
 from decompositions.formats.random import fill_random
 from decompositions.linalg import check_ranks
@@ -49,12 +50,8 @@ class TensorRing(Network):
     ) -> None:
         cores = tuple(cores)
         d = len(cores)
-        axes = tuple(range(d)) if axes is None else tuple(axes)
-        if sorted(axes) != list(range(d)):
-            raise ValueError(f"TensorRing: axes must be a permutation of 0..{d - 1} (one per core), got {axes}")
-        num_rows = d if num_rows is None else num_rows
-        if not 0 <= num_rows <= d:
-            raise ValueError(f"TensorRing: num_rows must be in 0..{d} (the order), got {num_rows}")
+        axes = check_axes("TensorRing", axes, d)
+        num_rows = check_num_rows("TensorRing", num_rows, d)
         outside = tuple(f"i{k}" for k in range(d))
         bonds = [f"b{k}" for k in range(d)]  # bond k joins cores k - 1 and k: the first to be shown closes the ring
         legs: list[Labels] = [(bonds[k], outside[axis], bonds[(k + 1) % d]) for k, axis in enumerate(axes)]
@@ -77,9 +74,7 @@ class TensorRing(Network):
         """Shapes alone, on the meta device. `rank`: a cap for all bonds, or an entry each, the closing one first."""
         sizes = (*row_modes, *col_modes)
         d = len(sizes)
-        ring = tuple(range(d)) if axes is None else tuple(axes)
-        if sorted(ring) != list(range(d)):
-            raise ValueError(f"TensorRing: axes must be a permutation of 0..{d - 1} (one per core), got {ring}")
+        ring = check_axes("TensorRing", axes, d)
         ranks = check_ranks("TensorRing", rank, ring_ranks([sizes[k] for k in ring]))
         shapes = [(ranks[k], sizes[axis], ranks[(k + 1) % d]) for k, axis in enumerate(ring)] if d > 1 else [sizes]
         return cls([torch.empty(shape, device="meta") for shape in shapes], len(row_modes), ring)

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from operator import index
 from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.formats.modes import as_integer, check_num_rows
 from decompositions.formats.network import Labels, Network, is_tree
 from decompositions.formats.random import fill_random
 from decompositions.linalg import check_ranks
@@ -117,35 +117,13 @@ class Tree(Network):
         return fill_random(skeleton, std=std, generator=generator, dtype=dtype, device=device)
 
 
-def _integer(value: object) -> int | None:
-    """An int, also numpy's; None for what is none (True is none, though Python counts with it)."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
 def _mode_sizes(name: str, modes: Any) -> tuple[int, ...]:
-    sizes = [_integer(size) for size in modes] if isinstance(modes, Iterable) else [None]
+    sizes = [as_integer(size) for size in modes] if isinstance(modes, Iterable) else [None]
     found = tuple(size for size in sizes if size is not None)
     if len(found) < len(sizes):
         raise TypeError(f"Tree: {name} must be a tuple of ints, got {modes!r}")
     if any(size < 1 for size in found):
         raise ValueError(f"Tree: every mode size must be at least 1, got {name}={modes!r}")
-    return found
-
-
-def check_num_rows(name: str, num_rows: int | None, order: int) -> int:
-    """How many leading axes are rows; all of them for None."""
-    if num_rows is None:
-        return order
-    found = _integer(num_rows)
-    if found is None:
-        raise TypeError(f"{name}: num_rows must be an int or None, got {num_rows!r}")
-    if not 0 <= found <= order:
-        raise ValueError(f"{name}: num_rows must be in 0..{order} (the order), got {num_rows}")
     return found
 
 
@@ -193,7 +171,7 @@ def read_tree(name: str, tree: DimensionTree, order: int | None = None) -> list[
         found.append((parent, entries))
         below = []
         for entry in node:
-            axis = _integer(entry)
+            axis = as_integer(entry)
             if axis is not None:
                 entries.append((axis, None))
                 axes.append(axis)
@@ -264,11 +242,11 @@ def balanced_tree(axes: int | Sequence[int]) -> DimensionTree:
 
 def _axes(name: str, axes: int | Sequence[int]) -> list[int]:
     """Axes of a dimension tree, from how many or from which."""
-    count = _integer(axes)
+    count = as_integer(axes)
     if count is None and (not isinstance(axes, Sequence) or isinstance(axes, str)):
         raise TypeError(f"{name}: axes must be an int (how many) or a sequence of ints (which), got {axes!r}")
     given = range(count) if count is not None else axes
-    found = [axis for axis in map(_integer, given) if axis is not None]  # type: ignore[arg-type]
+    found = [axis for axis in map(as_integer, given) if axis is not None]  # type: ignore[arg-type]
     if len(found) < len(given):  # type: ignore[arg-type]
         raise TypeError(f"{name}: axes must be ints, got {axes!r}")
     if len(found) < 1:

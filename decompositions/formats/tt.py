@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.formats.modes import check_axes, check_num_rows
 from decompositions.formats.network import Labels, Network
 from decompositions.formats.random import fill_random
 from decompositions.linalg import check_ranks
@@ -48,12 +49,8 @@ class TT(Network):
     ) -> None:
         cores = tuple(cores)
         d = len(cores)
-        axes = tuple(range(d)) if axes is None else tuple(axes)
-        if sorted(axes) != list(range(d)):
-            raise ValueError(f"TT: axes must be a permutation of 0..{d - 1} (one per core), got {axes}")
-        num_rows = d if num_rows is None else num_rows
-        if not 0 <= num_rows <= d:
-            raise ValueError(f"TT: num_rows must be in 0..{d} (the order), got {num_rows}")
+        axes = check_axes("TT", axes, d)
+        num_rows = check_num_rows("TT", num_rows, d)
         outside = tuple(f"i{k}" for k in range(d))
         self._init(cores, chain_legs([(outside[k],) for k in axes]), outside[:num_rows], outside[num_rows:])
 
@@ -73,9 +70,7 @@ class TT(Network):
     ) -> "TT":
         """Shapes alone, on the meta device. `rank`: a cap for all bonds, or an entry for each in chain order."""
         sizes = (*row_modes, *col_modes)
-        chain = tuple(range(len(sizes))) if axes is None else tuple(axes)
-        if sorted(chain) != list(range(len(sizes))):
-            raise ValueError(f"TT: axes must be a permutation of 0..{len(sizes) - 1} (one per core), got {chain}")
+        chain = check_axes("TT", axes, len(sizes))
         ranks = check_ranks("TT", rank, chain_ranks([sizes[k] for k in chain]))
         shapes = chain_shapes([(sizes[k],) for k in chain], ranks)
         return cls([torch.empty(shape, device="meta") for shape in shapes], len(row_modes), chain)

@@ -9,7 +9,7 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from decompositions.formats.algebra import transpose
-from decompositions.formats.modes import balanced_modes
+from decompositions.formats.modes import check_paired, paired_default_modes, paired_modes
 from decompositions.formats.network import Network
 from decompositions.formats.random import fill_random
 from decompositions.formats.tt import chain_legs, chain_ranks, chain_shapes
@@ -49,27 +49,21 @@ class TTMatrix(Network):
     @classmethod
     def default_modes(cls, shape: tuple[int, ...], order: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`order` balanced modes a side; kernel axes follow as column modes beside row modes 1."""
-        out, width, *kernel = shape
-        return (*balanced_modes(out, order), *(1 for _ in kernel)), (*balanced_modes(width, order), *kernel)
+        return paired_default_modes(shape, order)
 
     @classmethod
     def operator_modes(
         cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Modes pair up: the shorter side is filled with ones."""
-        order = max(len(row_modes), len(col_modes))
-        return row_modes + (1,) * (order - len(row_modes)), col_modes + (1,) * (order - len(col_modes))
+        return paired_modes(row_modes, col_modes)
 
     @classmethod
     def skeleton(
         cls, row_modes: tuple[int, ...], col_modes: tuple[int, ...], rank: int | tuple[int, ...]
     ) -> "TTMatrix":
         """Shapes alone, on the meta device. `rank`: a cap for all bonds, or an entry for each."""
-        if len(row_modes) != len(col_modes):
-            raise ValueError(
-                f"TTMatrix: row_modes and col_modes pair up, expected equal lengths, got {row_modes} and {col_modes}; "
-                "fill with ones"
-            )
+        check_paired("TTMatrix", row_modes, col_modes)
         pairs = list(zip(row_modes, col_modes, strict=True))
         ranks = check_ranks("TTMatrix", rank, chain_ranks([m * n for m, n in pairs]))
         return cls([torch.empty(shape, device="meta") for shape in chain_shapes(pairs, ranks)])

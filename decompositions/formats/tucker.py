@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.formats.modes import check_num_rows
 from decompositions.formats.network import Labels, Network
 from decompositions.formats.random import fill_random
 from decompositions.linalg import check_ranks
@@ -55,9 +56,7 @@ class Tucker(Network):
                 f"Tucker: modes must name a distinct axis of the core per factor, expected {len(factors)} of "
                 f"0..{core.ndim - 1}, got {modes}"
             )
-        num_rows = core.ndim if num_rows is None else num_rows
-        if not 0 <= num_rows <= core.ndim:
-            raise ValueError(f"Tucker: num_rows must be in 0..{core.ndim} (the order), got {num_rows}")
+        num_rows = check_num_rows("Tucker", num_rows, core.ndim)
         outside = tuple(f"i{k}" for k in range(core.ndim))
         legs: list[Labels] = [tuple(f"r{k}" if k in modes else f"i{k}" for k in range(core.ndim))]
         legs += [(f"i{k}", f"r{k}") for k in modes]
