@@ -12,7 +12,19 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tnlayers
-from decompositions import LowRank, numel, svd, to_matrix, tt_svd, ttm_svd, tucker2
+from decompositions import (
+    LowRank,
+    cp_als,
+    kronecker_svd,
+    monarch_projection,
+    numel,
+    svd,
+    to_matrix,
+    tr_svd,
+    tt_svd,
+    ttm_svd,
+    tucker2,
+)
 from tnlayers.convert import break_even_rank
 from tnlayers.layer import NetworkLayer
 
@@ -590,7 +602,26 @@ def test_budgets_that_make_no_sense(unchecked):
         tnlayers.tensorize(model, budget_policy(), budget=50)
     assert isinstance(model[3], nn.Linear)
     assert not isinstance(model[3], tnlayers.NetworkLayer)
-    from decompositions import monarch_projection
-
     with pytest.raises(ValueError, match=r"budget= rounds networks, which must be trees, got Monarch.* for 3"):
         tnlayers.tensorize(model, {"3": monarch_projection}, budget=5000)
+
+
+@pytest.mark.parametrize("name", ["cp_als", "tr_svd", "kronecker_svd", "monarch_projection"])
+def test_the_later_formats_convert_report_and_travel(name, tmp_path):
+    recipe = {
+        "cp_als": partial(cp_als, rank=3, num_rows=1),
+        "tr_svd": partial(tr_svd, rank=3, num_rows=1),
+        "kronecker_svd": partial(kronecker_svd, rank=2),
+        "monarch_projection": monarch_projection,
+    }[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 12))
+    report = tnlayers.tensorize(model, recipe, skip_if_no_gain=False)
+    assert [row.status for row in report.rows] == ["converted", "converted"]
+    assert all(0 < row.error < 1 for row in report.rows)
+    assert report.rows[0].format in str(report)
+    report.html(tmp_path / "report.html")
+    tnlayers.save(model, tmp_path / "model")
+    again = tnlayers.load(tmp_path / "model", nn.Sequential(nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 12)))
+    x = torch.randn(5, 24)
+    assert torch.equal(again(x), model(x))
