@@ -38,7 +38,7 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -m "not gpu and not dist" -q
 	$(BIN)/python -m pytest -m "not gpu and not dist and not compile and not slow" -q \
-	  --jaxtyping-packages=decompositions,cross_approx,tnlayers,beartype.beartype \
+	  --jaxtyping-packages=decompositions,cross_approx,tnlayers,hints.checked \
 	  tests/test_formats.py tests/test_gauge.py tests/test_program.py tests/test_layers.py tests/test_freeze.py tests/test_frozen_models.py \
 	  tests/test_convert.py tests/test_checkpoint.py tests/test_embedding_bag.py tests/test_conv_transpose.py \
 	  tests/test_contraction_layers.py
