@@ -45,12 +45,12 @@ from decompositions.low_rank import svd as svd
 from decompositions.measure import calibrate as calibrate
 from decompositions.measure import time_plans as time_plans
 from decompositions.monarch import monarch_projection as monarch_projection
+from decompositions.prices import parameter_terms as parameter_terms
 from decompositions.randomized import randomized_basis as randomized_basis
 from decompositions.rank_rules import energy_rank as energy_rank
 from decompositions.rank_rules import evbmf_rank as evbmf_rank
 from decompositions.ring import tr_als as tr_als
 from decompositions.ring import tr_svd as tr_svd
-from decompositions.select import parameter_terms as parameter_terms
 from decompositions.select import ranks_under as ranks_under
 from decompositions.select import select_ranks as select_ranks
 from decompositions.tree import tree_svd as tree_svd

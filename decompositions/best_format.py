@@ -24,7 +24,7 @@ from decompositions.formats.tt import TT
 from decompositions.formats.tt_matrix import TTMatrix
 from decompositions.formats.tucker import Tucker
 from decompositions.kronecker import kronecker_svd
-from decompositions.linalg import check_finite, check_kind, frobenius
+from decompositions.linalg import check_finite, check_kind, fold_matrix, frobenius
 from decompositions.low_rank import svd
 from decompositions.monarch import monarch_projection
 from decompositions.ring import tr_als
@@ -166,7 +166,8 @@ def _network(result: Any) -> Network:
 
 
 def _of_tensor(decompose: Callable[..., Any], modes: Modes) -> Decompose:
-    return lambda weight, rank: _network(decompose(_folded(weight, modes), rank, num_rows=len(modes[0])))
+    rows = len(modes[0])
+    return lambda w, rank: _network(decompose(fold_matrix("best_format", w, *modes), rank, num_rows=rows))
 
 
 def _of_matrix(decompose: Callable[..., Any], modes: Modes) -> Decompose:
@@ -177,14 +178,6 @@ def _balanced(out: int, width: int, order: int) -> Modes:
     """Balanced modes a side."""
     rows, cols = Network.default_modes((out, width), order)
     return rows, cols
-
-
-def _folded(weight: Tensor, modes: Modes) -> Tensor:
-    """The weight padded with zeros to its modes."""
-    matrix = weight.flatten(1)
-    rows, cols = map(prod, modes)
-    padded = torch.nn.functional.pad(matrix, (0, cols - matrix.shape[1], 0, rows - matrix.shape[0]))
-    return padded.reshape(*modes[0], *modes[1])
 
 
 def _kronecker(
@@ -200,7 +193,7 @@ def _kronecker(
     start = KroneckerSum.random(
         row_modes=rows, col_modes=cols, rank=rank, dtype=weight.dtype, device=weight.device, generator=generator
     )
-    return _network(als(_folded(weight, (rows, cols)), start, max_sweeps=sweeps))
+    return _network(als(fold_matrix("best_format", weight, rows, cols), start, max_sweeps=sweeps))
 
 
 def _trial(name: str, weight: Tensor, allowed: int, format: Any, modes: Modes, decompose: Decompose) -> Trial:
@@ -218,6 +211,6 @@ def _trial(name: str, weight: Tensor, allowed: int, format: Any, modes: Modes, d
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= allowed else (low, middle)
     net = decompose(weight, low)
-    target = _folded(weight, (net.row_modes, net.col_modes))
+    target = fold_matrix("best_format", weight, net.row_modes, net.col_modes)
     error = frobenius(to_dense(net) - target) / (frobenius(target) or 1.0)
     return Trial(name, error, numel(net), net)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from decompositions.formats.kronecker_sum import KroneckerSum
 from decompositions.formats.modes import balanced_modes
-from decompositions.linalg import Method, check_kind, check_ranks, full_precision
+from decompositions.linalg import Method, check_kind, check_ranks, fold_matrix, full_precision
 from decompositions.low_rank import thin_svd
 from decompositions.truncation import Truncation
 
@@ -74,14 +74,9 @@ def kronecker_svd(
             f"kronecker_svd: a sum of products of two factors needs two modes a side, got row_modes={rows} and "
             f"col_modes={cols}; for more factors use als(x, KroneckerSum.random(...))"
         )
-    if prod(rows) < out or prod(cols) < width:
-        raise ValueError(
-            f"kronecker_svd: the modes must cover the matrix, expected products >= {out} x {width}, "
-            f"got row_modes={rows} ({prod(rows)}) and col_modes={cols} ({prod(cols)})"
-        )
     (m, p), (n, q) = rows, cols
-    padded = torch.nn.functional.pad(weight.flatten(1), (0, n * q - width, 0, m * p - out))
-    arranged = padded.reshape(m, p, n, q).movedim(2, 1).reshape(m * n, p * q)
+    padded = fold_matrix("kronecker_svd", weight, rows, cols)
+    arranged = padded.movedim(2, 1).reshape(m * n, p * q)
     task = Truncation("kronecker_svd", arranged, cuts=1, tol=tol, method=method, generator=generator)
     if method == "randomized" and rank is None:
         raise ValueError("kronecker_svd: method='randomized' needs a rank, got rank=None; use method='auto' with tol")
@@ -90,4 +85,4 @@ def kronecker_svd(
     root = s.sqrt().to(u.dtype)
     net = KroneckerSum([(u * root).mT.reshape(-1, m, n), (v * root).mT.reshape(-1, p, q)])
     task.x = weight
-    return task.finish(net, with_error, target=padded.detach().reshape(m, p, n, q))
+    return task.finish(net, with_error, target=padded.detach())

@@ -73,6 +73,30 @@ def fold(
     return matrix.reshape([shape[k] for k in order]).permute(inverse)
 
 
+def fold_matrix(
+    name: str, weight: Inexact[Tensor, "m *n"], row_modes: Sequence[int], col_modes: Sequence[int]
+) -> Inexact[Tensor, "..."]:
+    """The matrix (first axis) x (others) padded with zero rows and columns, as a tensor (*row_modes, *col_modes).
+
+    Raises:
+        ValueError: modes whose products are smaller than the matrix.
+
+    Example:
+        >>> import torch
+        >>> fold_matrix("doc", torch.ones(3, 5), (2, 2), (2, 3)).shape
+        torch.Size([2, 2, 2, 3])
+    """
+    m, n = weight.shape[0], prod(weight.shape[1:])
+    rows, cols = prod(row_modes), prod(col_modes)
+    if rows < m or cols < n:
+        raise ValueError(
+            f"{name}: the modes must cover the matrix, expected products >= {m} x {n}, "
+            f"got row_modes={tuple(row_modes)} ({rows}) and col_modes={tuple(col_modes)} ({cols})"
+        )
+    padded = torch.nn.functional.pad(weight.flatten(1), (0, cols - n, 0, rows - m))
+    return padded.reshape(*row_modes, *col_modes)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which QR, SVD, Gram products and inner products run: float32 for the half types, else the same."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

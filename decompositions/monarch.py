@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import Literal
 
 import torch
 from jaxtyping import Inexact
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from decompositions.formats.modes import balanced_modes
 from decompositions.formats.monarch import Monarch, block_ranks, factor_legs
-from decompositions.linalg import check_kind, check_ranks, full_precision, safe_svd, truncation_rank
+from decompositions.linalg import check_kind, check_ranks, fold_matrix, full_precision, safe_svd, truncation_rank
+from decompositions.randomized import randomized_basis
 from decompositions.truncation import Truncation
 
 
@@ -22,7 +24,9 @@ def monarch_projection(
     tol: float | None = None,
     *,
     order: int = 2,
+    method: Literal["exact", "randomized"] = "exact",
     with_error: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Monarch | tuple[Monarch, float]:
     """The nearest Monarch matrix: a truncated SVD of every block, all blocks at once.
 
@@ -30,7 +34,7 @@ def monarch_projection(
     after another, as in TT-SVD: the squared errors add, and the error is within sqrt(d - 1) of the best. With `tol`,
     `‖W - Ŵ‖ <= tol ‖W‖`, all blocks of a shuffle having the same rank, the least that fits. Modes whose products exceed
     the width pad the matrix with zero rows and columns.
-    Cost: O(m n min(m_1, n_2)) for two factors.
+    Cost: O(m n min(m_1, n_2)) for two factors, O(m n rank) randomized.
 
     Args:
         weight: (out, in); a convolution kernel (out, in, *kernel) is taken as the matrix out x (in kernel).
@@ -39,7 +43,9 @@ def monarch_projection(
         rank: cap for the rank of the blocks, or an entry a shuffle; 1 where neither it nor `tol` is given.
         tol: relative Frobenius error.
         order: number of factors where the modes are not given.
+        method: "exact", or "randomized" (needs `rank`), which takes sketches of large blocks of small rank.
         with_error: return `(network, relative error of the padded matrix)`.
+        generator: of the randomized sketches.
 
     Returns:
         Monarch; the singular values of the blocks are in the factor that is applied first.
@@ -68,16 +74,18 @@ def monarch_projection(
             f"monarch_projection: row_modes and col_modes pair up, expected equal lengths, got {rows} and {cols}; "
             "fill with ones"
         )
-    if prod(rows) < out or prod(cols) < width:
-        raise ValueError(
-            f"monarch_projection: the modes must cover the matrix, expected products >= {out} x {width}, "
-            f"got row_modes={rows} ({prod(rows)}) and col_modes={cols} ({prod(cols)})"
-        )
+    padded = fold_matrix("monarch_projection", weight, rows, cols)
     caps = check_ranks("monarch_projection", 1 if rank is None and tol is None else rank, block_ranks(rows, cols))
-    padded = torch.nn.functional.pad(weight.flatten(1), (0, prod(cols) - width, 0, prod(rows) - out))
+    if method not in ("exact", "randomized"):
+        raise ValueError(f"monarch_projection: method must be 'exact' or 'randomized', got {method!r}")
+    if method == "randomized" and (rank is None or tol is not None):
+        raise ValueError(
+            f"monarch_projection: method='randomized' needs a rank and no tol, got rank={rank} and tol={tol}; use "
+            "method='exact'"
+        )
     task = Truncation("monarch_projection", padded, cuts=max(1, d - 1), tol=tol)
     sizes = {f"i{k}": n for k, n in enumerate(rows)} | {f"j{k}": n for k, n in enumerate(cols)}
-    rest, labels = task.work.reshape(*rows, *cols), (*(f"i{k}" for k in range(d)), *(f"j{k}" for k in range(d)))
+    rest, labels = task.work, (*(f"i{k}" for k in range(d)), *(f"j{k}" for k in range(d)))
     legs, cores = factor_legs(d), []
     budget = None if task.effective_tol is None else (task.effective_tol * task.norm) ** 2
     for t in range(d - 1):
@@ -88,7 +96,12 @@ def monarch_projection(
         axes = [labels.index(label) for label in (*blocks, *made, *seen)]
         shape = [sizes[label] for label in (*blocks, *made, *seen)]
         stack = rest.permute(axes).reshape(prod(shape[: len(blocks)]), prod(sizes[x] for x in made), -1)
-        u, s, vh = safe_svd(stack)
+        if method == "exact":
+            u, s, vh = safe_svd(stack)
+        else:
+            q = randomized_basis(stack, caps[t], generator=generator)
+            u, s, vh = safe_svd(q.mH @ stack)
+            u = q @ u
         squares = s.double().square().sum(0)  # rank r in every block drops the values from r on in all
         keep = min(caps[t], len(squares))
         if budget is not None:
@@ -105,4 +118,4 @@ def monarch_projection(
     cores.append(rest.permute([labels.index(label) for label in legs[-1]]))
     task.x = weight
     net = Monarch([core.contiguous() for core in cores])
-    return task.finish(net, with_error, target=padded.detach().reshape(*rows, *cols))
+    return task.finish(net, with_error, target=padded.detach())

@@ -13,20 +13,20 @@ PROBES = 8
 
 
 def randomized_basis(
-    matrix: Inexact[Tensor, "m n"],
+    matrix: Inexact[Tensor, "*batch m n"],
     rank: int,
     *,
     oversample: int = 16,
     power_iterations: int = 2,
     generator: torch.Generator | None = None,
-) -> Inexact[Tensor, "m k"]:
+) -> Inexact[Tensor, "*batch m k"]:
     """Orthonormal basis Q (`rank + oversample` columns at most) with `‖A - Q Q^H A‖` near the best of that rank.
 
     Y = (A A^H)^q A Ω with Gaussian Ω, re-orthonormalized after every product. In expectation the spectral error is
     below `(1 + 4 sqrt(2 min(m, n) / (rank - 1)))^(1/(2q+1))` times the best. Cost O(m n (rank + oversample) (2q + 2)).
 
     Args:
-        matrix: m x n, float32 or better.
+        matrix: m x n, float32 or better; of a stack of matrices each has its own basis, and all share Ω.
         rank: number of dominant directions wanted.
         oversample: additional directions of the sketch.
         power_iterations: q; 2 brings a spectrum that decays like 1/i within about 0.3 % of the best.
@@ -43,10 +43,10 @@ def randomized_basis(
         >>> bool(torch.linalg.norm(a - q @ (q.T @ a)) < 1e-3)
         True
     """
-    m, n = matrix.shape
+    m, n = matrix.shape[-2:]
     width = min(rank + oversample, m, n)
     if width == m:
-        return torch.eye(m, dtype=matrix.dtype, device=matrix.device)
+        return torch.eye(m, dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], m, m)
     omega = torch.randn(n, width, dtype=matrix.dtype, device=matrix.device, generator=generator)
     q = torch.linalg.qr(matrix @ omega).Q
     for _ in range(power_iterations):

@@ -10,7 +10,7 @@ from torch import Tensor
 from decompositions.formats.modes import balanced_modes
 from decompositions.formats.tt import TT, chain_ranks, chain_shapes
 from decompositions.formats.tt_matrix import TTMatrix
-from decompositions.linalg import Method, check_kind, check_ranks, full_precision, positive_qr
+from decompositions.linalg import Method, check_kind, check_ranks, fold_matrix, full_precision, positive_qr
 from decompositions.truncation import Truncation
 
 Ranks = int | Sequence[int] | None
@@ -22,6 +22,7 @@ def tt_svd(
     rank: Ranks = None,
     tol: float | None = None,
     *,
+    modes: Sequence[int] | int | None = None,
     axes: Sequence[int] | None = None,
     num_rows: int | None = None,
     method: Method = "auto",
@@ -38,7 +39,10 @@ def tt_svd(
         x: a tensor of any order >= 1.
         rank: cap for every bond, or d - 1 entries in chain order.
         tol: relative Frobenius error.
-        axes: chain order of the axes of x; (1, 2, 3, 0) makes the chain in, kh, kw, out of a convolution kernel.
+        modes: fold x first, any length being padded with zeros: all of it to the given modes, in the order of its
+            entries, or (an int b) every axis to as many modes of size b as its length takes (QTT for b = 2).
+        axes: chain order of the axes of x (folded ones, with `modes`); (1, 2, 3, 0) makes the chain in, kh, kw, out of
+            a convolution kernel.
         num_rows: leading axes of x that are rows of the network; all by default.
         method: "exact", "gram", "randomized" (needs rank) or "auto".
         with_error: return `(network, relative error)`.
@@ -59,8 +63,14 @@ def tt_svd(
         >>> net, error = tt_svd(x, tol=1e-6, with_error=True)
         >>> net.ranks, error < 1e-6
         ((2, 2), True)
+        >>> wave = torch.sin(torch.linspace(0, 9, 1000, dtype=torch.float64))
+        >>> qtt = tt_svd(wave, tol=1e-10, modes=2)
+        >>> len(qtt.shape), max(qtt.ranks)
+        (10, 3)
     """
     check_kind("tt_svd", x)
+    if modes is not None:
+        x = _folded(x, modes)
     chain = tuple(range(x.ndim)) if axes is None else tuple(axes)
     if sorted(chain) != list(range(x.ndim)):
         raise ValueError(f"tt_svd: axes must be a permutation of 0..{x.ndim - 1}, got {chain}")
@@ -116,26 +126,35 @@ def ttm_svd(
     """
     check_kind("ttm_svd", weight, min_order=2)
     rows, cols = _matrix_modes(tuple(weight.shape), row_modes, col_modes, order)
-    matrix = weight.flatten(1)
-    m, n = matrix.shape
-    if prod(rows) < m or prod(cols) < n:
-        raise ValueError(
-            f"ttm_svd: the modes must cover the matrix, expected products >= {m} x {n}, "
-            f"got row_modes={rows} ({prod(rows)}) and col_modes={cols} ({prod(cols)})"
-        )
+    padded = fold_matrix("ttm_svd", weight, rows, cols)
     if len(rows) != len(cols):
         raise ValueError(
             f"ttm_svd: row_modes and col_modes pair up, expected equal lengths, got {rows} and {cols}; fill with ones"
         )
     d = len(rows)
-    padded = torch.nn.functional.pad(matrix, (0, prod(cols) - n, 0, prod(rows) - m))
     paired = [k for pair in zip(range(d), range(d, 2 * d), strict=True) for k in pair]
-    tensor = padded.reshape(*rows, *cols).permute(paired)
+    tensor = padded.permute(paired)
     tensor = tensor.reshape([i * j for i, j in zip(rows, cols, strict=True)])
     task, cores = _train("ttm_svd", tensor, tensor, rank, tol, method, generator)
     shapes = chain_shapes(list(zip(rows, cols, strict=True)), [core.shape[-1] for core in cores[:-1]])
     net = TTMatrix([core.reshape(shape) for core, shape in zip(cores, shapes, strict=True)])
-    return task.finish(net, with_error, target=padded.detach().reshape(*rows, *cols))
+    return task.finish(net, with_error, target=padded.detach())
+
+
+def _folded(x: Tensor, modes: Sequence[int] | int) -> Tensor:
+    """Fold a tensor to modes, or every axis to modes of one size, with zeros where it ends."""
+    if isinstance(modes, int):
+        if modes < 2:
+            raise ValueError(f"tt_svd: modes of one size must have at least 2 entries, got modes={modes}")
+        counts = [next(d for d in range(1, n + 1) if modes**d >= n) for n in x.shape]
+        ends = [end for n, d in zip(reversed(x.shape), reversed(counts), strict=True) for end in (0, modes**d - n)]
+        return torch.nn.functional.pad(x, ends).reshape([modes] * sum(counts))
+    if prod(modes) < x.numel() or min(modes) < 1:
+        raise ValueError(
+            f"tt_svd: the modes must hold the tensor, expected a product >= {x.numel()}, got modes={tuple(modes)} "
+            f"({prod(modes)})"
+        )
+    return torch.nn.functional.pad(x.flatten(), (0, prod(modes) - x.numel())).reshape(tuple(modes))
 
 
 def _matrix_modes(

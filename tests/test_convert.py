@@ -580,6 +580,45 @@ def test_a_budget_is_spent_better_than_equal_ranks():
         assert error(together) < 0.9 * error(equal)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.8, 1.0])
+def test_a_budget_of_flops_is_met_as_the_report_counts_them(share):
+    x = torch.randn(1, 8, 4, 4)
+    dense = tnlayers.tensorize(budget_model(), budget_policy(), exclude=["*"], example_input=x).rows
+    allowed = int(share * sum(row.flops_dense for row in dense))
+    report = tnlayers.tensorize(
+        budget_model(), budget_policy(), budget={"flops": share}, example_input=x, skip_if_no_gain=False
+    )
+    spent = sum(row.flops for row in report.rows)
+    assert 0.85 * allowed <= spent <= allowed
+    assert "FLOPs a sample" in report.budget
+    same = tnlayers.tensorize(
+        budget_model(), budget_policy(), budget={"flops": allowed}, example_input=x, skip_if_no_gain=False
+    )
+    assert [row.ranks for row in same.rows] == [row.ranks for row in report.rows]
+
+
+def test_a_budget_of_bytes_is_one_of_parameters():
+    first, second = budget_model().double(), budget_model().double()
+    by_count = tnlayers.tensorize(first, budget_policy(), budget=1000)
+    by_bytes = tnlayers.tensorize(second, budget_policy(), budget={"bytes": 8000})
+    assert [row.ranks for row in by_count.rows] == [row.ranks for row in by_bytes.rows]
+    third = budget_model().double()
+    assert tnlayers.tensorize(third, budget_policy(), budget={"parameters": 1000}).budget == by_count.budget
+
+
+@pytest.mark.parametrize("error", [0.05, 0.2, 0.5])
+def test_a_budget_of_error_is_kept_with_few_parameters(error):
+    model = budget_model()
+    report = tnlayers.tensorize(model, budget_policy(), budget={"error": error}, skip_if_no_gain=False)
+    errors = torch.tensor([row.error for row in report.rows])
+    assert float(errors.square().mean().sqrt()) <= error
+    assert f"of {error:.3g}" in report.budget
+    held = sum(layer.numel() for layer in model.modules() if isinstance(layer, tnlayers.NetworkLayer))
+    # the budget of parameters that it comes to is spent as well by the other entry
+    twin = tnlayers.tensorize(budget_model(), budget_policy(), budget=held, skip_if_no_gain=False)
+    assert float(torch.tensor([row.error for row in twin.rows]).square().mean().sqrt()) <= error
+
+
 def test_a_budget_and_ties():
     class Tied(nn.Module):
         def __init__(self):
@@ -597,6 +636,18 @@ def test_budgets_that_make_no_sense(unchecked):
     for budget in (0, -5, 1.5, 0.0, True, "half", float("nan")):
         with pytest.raises(ValueError, match="tensorize: budget must be a number of parameters"):
             tnlayers.tensorize(budget_model(), budget_policy(), budget=budget)
+    for budget in ({}, {"time": 3}, {"flops": 0.5, "bytes": 3}):
+        with pytest.raises(ValueError, match="a budget has one of the keys"):
+            tnlayers.tensorize(budget_model(), budget_policy(), budget=budget)
+    for budget in ({"error": 0.0}, {"error": 1.0}, {"error": True}):
+        with pytest.raises(ValueError, match="budget must be a relative error"):
+            tnlayers.tensorize(budget_model(), budget_policy(), budget=budget)
+    with pytest.raises(ValueError, match=r"needs the sizes that layers see, got no call of 0; give example_input="):
+        tnlayers.tensorize(budget_model(), budget_policy(), budget={"flops": 0.5})
+    with pytest.raises(ValueError, match=r"must hold the least ranks, expected at least .* FLOPs a sample"):
+        tnlayers.tensorize(
+            budget_model(), budget_policy(), budget={"flops": 0.01}, example_input=torch.randn(1, 8, 4, 4)
+        )
     model = budget_model()
     with pytest.raises(ValueError, match="the budget must hold the least ranks"):
         tnlayers.tensorize(model, budget_policy(), budget=50)

@@ -87,6 +87,17 @@ def test_three_factors_near_the_best(rank, rng):
     assert error <= sqrt(2) * best
 
 
+@pytest.mark.parametrize(("rows", "cols"), [((40, 4), (4, 50)), ((30, 5, 2), (4, 3, 20))])
+def test_sketches_find_blocks_of_small_rank(rows, cols, rng):
+    exact = Monarch.random(row_modes=rows, col_modes=cols, rank=2, dtype=F64, generator=rng)
+    w = to_matrix(exact)
+    assert monarch_projection(w, rows, cols, 2, method="randomized", with_error=True, generator=rng)[1] < 1e-12
+    w = w + 0.01 * w.norm() / sqrt(w.numel()) * torch.randn(w.shape, dtype=F64, generator=rng)
+    best = monarch_projection(w, rows, cols, 2, with_error=True)[1]
+    found = monarch_projection(w, rows, cols, 2, method="randomized", with_error=True, generator=rng)[1]
+    assert best <= found * (1 + 1e-9) <= 1.05 * best
+
+
 def test_padding_defaults_and_counts(rng):
     w = torch.randn(13, 7, dtype=F64, generator=rng)
     net, error = monarch_projection(w, with_error=True)
@@ -134,6 +145,11 @@ def test_refusals(unchecked):
         monarch_projection(w, (2, 3), (6,))
     with pytest.raises(ValueError, match="monarch_projection: rank must be at least 1, got 0"):
         monarch_projection(w, rank=0)
+    with pytest.raises(ValueError, match="method must be 'exact' or 'randomized', got 'gram'"):
+        monarch_projection(w, method="gram")
+    for rank, tol in ((None, None), (2, 0.1)):
+        with pytest.raises(ValueError, match="method='randomized' needs a rank and no tol"):
+            monarch_projection(w, rank=rank, tol=tol, method="randomized")
     with pytest.raises(ValueError, match="monarch_projection: entries must be finite"):
         monarch_projection(w * torch.nan)
     with pytest.raises(ValueError, match="Monarch: row_modes and col_modes pair up"):

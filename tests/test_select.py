@@ -21,6 +21,7 @@ from decompositions import (
     hosvd,
     numel,
     parameter_terms,
+    plan_apply,
     ranks_under,
     round,
     select_ranks,
@@ -28,7 +29,7 @@ from decompositions import (
     to_dense,
     tt_svd,
 )
-from decompositions.select import Term
+from decompositions.prices import Term, flop_terms
 
 F64 = torch.float64
 
@@ -79,6 +80,87 @@ def test_exact_is_brute_force(name, seed):
         greedy = select_ranks(spectra, terms, budget, method="greedy")
         assert greedy.price <= budget
         assert greedy.error >= choice.error * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_cheapest_ranks_within_an_error_are_brute_force(name, seed):
+    rng = np.random.default_rng(100 + seed)
+    net = NETWORKS[name]
+    terms = parameter_terms(net)
+    priced = {bond for term in terms for bond in term.bonds}
+    spectra = {b: spectrum(rng, r) for b, r in zip(net.bonds, net.ranks, strict=True) if b in priced}
+    spectra = {b: s / np.linalg.norm(s) for b, s in spectra.items()}
+    for error in (0.02, 0.1, 0.3, 0.7, 3.0):
+        options = itertools.product(*[range(1, len(s) + 1) for s in spectra.values()])
+        fits = [
+            price(terms, dict(zip(spectra, ranks, strict=True)))
+            for ranks in options
+            if sum(float((s[r:] ** 2).sum()) for s, r in zip(spectra.values(), ranks, strict=True)) <= error**2
+        ]
+        exact = select_ranks(spectra, terms, error=error)
+        assert exact.optimal
+        assert exact.price == min(fits)
+        assert exact.error <= error
+        greedy = select_ranks(spectra, terms, error=error, method="greedy")
+        assert greedy.error <= error
+        assert exact.price <= greedy.price <= 1.25 * exact.price
+        assert f"{exact.price:,}, error <= " in exact.explain()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_squares_of_ranks(seed):
+    """A bond named twice in a term, as the FLOPs of U S V^T name it."""
+    rng = np.random.default_rng(seed)
+    spectra = {b: spectrum(rng, 7) for b in "abc"}
+    terms = [Term(2, ("a", "a")), Term(3, ("a", "b")), Term(1, ("b", "b", "c")), Term(5, ("c",)), Term(11, ())]
+    most = price(terms, dict.fromkeys(spectra, 7))
+    for share in (0.1, 0.3, 0.7):
+        budget = int(22 + share * (most - 22))
+        exact, greedy = (select_ranks(spectra, terms, budget, method=m) for m in ("exact", "greedy"))
+        assert exact.optimal
+        assert exact.error**2 == pytest.approx(brute_force(spectra, terms, budget), rel=1e-9, abs=1e-14)
+        assert greedy.price == price(terms, greedy.ranks) <= budget
+
+
+def same_strategy(net, other, batch):
+    """A plan of `other` with the steps of each plan of `net`."""
+    for plan in plan_apply(net, batch):
+        for twin in plan_apply(other, batch):
+            if [s.equation for s in twin.steps] == [s.equation for s in plan.steps]:
+                yield plan, twin
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r: LowRank.random(row_modes=(40,), col_modes=(30,), rank=r),
+        lambda r: Tucker.random(row_modes=(8, 6), col_modes=(7, 5), rank=r),
+        lambda r: TT.random(row_modes=(8, 6), col_modes=(7, 5), rank=r),
+        lambda r: TTMatrix.random(row_modes=(8, 6, 5), col_modes=(7, 5, 4), rank=r),
+    ],
+)
+def test_flops_are_a_sum_of_products_of_ranks(make):
+    """The terms of a plan at one rank give the FLOPs of the same plan at another rank."""
+    compared = 0
+    for plan, twin in same_strategy(make(4), make(3), 16):
+        terms = flop_terms(make(4), plan.work)
+        assert price(terms, dict(zip(make(4).bonds, make(4).ranks, strict=True))) == plan.flops
+        assert price(terms, dict(zip(make(3).bonds, make(3).ranks, strict=True))) == twin.flops
+        compared += 1
+    assert compared
+
+
+def test_large_models_take_seconds():
+    """24 layers of 768 ranks: a heap, not a search over all layers at every step."""
+    rng = np.random.default_rng(0)
+    spectra = {f"{k}": spectrum(rng, 768, 0.3 + 0.05 * k) for k in range(24)}
+    spectra = {b: s / np.linalg.norm(s) for b, s in spectra.items()}
+    terms = [Term(1536, (b,)) for b in spectra]
+    choice = select_ranks(spectra, terms, 24 * 768 * 300, method="greedy")
+    assert 24 * 768 * 300 * 0.999 <= choice.price <= 24 * 768 * 300
+    exact = select_ranks(spectra, terms, 24 * 768 * 300)
+    assert exact.error <= choice.error <= 1.0001 * exact.error
 
 
 def test_greedy_is_within_a_percent_of_exact():
@@ -200,6 +282,14 @@ def test_refusals(unchecked, rng):
         select_ranks({"a": [1.0, float("nan")]}, terms, 50)
     with pytest.raises(ValueError, match=r"expected \['a'\], got \['b'\]"):
         select_ranks({"a": [1.0]}, [Term(1, ("b",))], 50)
+    for budget, error in ((None, None), (50, 0.1)):
+        with pytest.raises(ValueError, match="give a budget or an error"):
+            select_ranks({"a": [1.0]}, terms, budget, error=error)
+    for error in (0.0, -1, True, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="error must be a finite number > 0"):
+            select_ranks({"a": [1.0]}, terms, error=error)
+    with pytest.raises(ValueError, match="terms must be a list a network, expected 1, got 0"):
+        ranks_under([LowRank.random(row_modes=(4,), col_modes=(4,), rank=2)], 50, terms=[])
     with pytest.raises(ValueError, match="method must be"):
         select_ranks({"a": [1.0]}, terms, 50, method="best")
     with pytest.raises(ValueError, match="multiple must be an int >= 1"):

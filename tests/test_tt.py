@@ -103,6 +103,37 @@ def test_methods_agree(rng):
     assert errors["randomized"] <= 1.01 * errors["exact"] + 1e-6
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 127, 128, 1000])
+@pytest.mark.parametrize("base", [2, 3])
+def test_vectors_of_any_length_fold_to_quantized_trains(n, base):
+    """Exponentials have rank 1, waves rank 2, before the zeros that fill the last power."""
+    t = torch.arange(n, dtype=torch.float64)
+    x = torch.exp(-t / 50) + torch.sin(t)
+    net, error = tt_svd(x, tol=1e-12, modes=base, with_error=True)
+    assert set(net.shape) == {base}
+    assert base ** (net.order - 1) < n <= base**net.order or net.order == 1
+    dense = reference.dense(net).flatten()
+    assert reference.relative(dense[:n], x) <= 1e-11
+    assert float(dense[n:].norm()) <= 1e-11 * float(x.norm())
+    assert error <= 1e-12
+    if n == base**net.order:
+        assert max(net.ranks, default=1) <= 3
+
+
+def test_axes_fold_each_on_its_own_and_interleave(rng):
+    x = torch.randn(5, 8, dtype=torch.float64, generator=rng)
+    net = tt_svd(x, tol=1e-13, modes=2, axes=(0, 3, 1, 4, 2, 5), num_rows=3)
+    assert net.shape == (2,) * 6
+    padded = torch.zeros(8, 8, dtype=torch.float64)
+    padded[:5] = x
+    assert reference.relative(reference.dense(net).reshape(8, 8), padded) < 1e-12
+    folded = tt_svd(x, tol=1e-13, modes=(3, 4, 4))
+    assert reference.relative(reference.dense(folded).flatten()[:40], x.flatten()) < 1e-12
+    for modes in ((3, 4), (-5, -8), 1, 0):
+        with pytest.raises(ValueError, match=r"tt_svd: (the modes must hold the tensor|modes of one size)"):
+            tt_svd(x, modes=modes)
+
+
 def test_against_tensorly(rng):
     tensorly = pytest.importorskip("tensorly")
     from tensorly.decomposition import tensor_train

@@ -254,9 +254,9 @@ class TensorRegression(NetworkLayer):
         """Dense multiply-adds times two of one sample, all its rows."""
         return 2 * prod(weight_shape) * _rows(seen, weight_shape[1])
 
-    def sample_flops(self, seen: Shapes | None) -> int:
-        """Multiply-adds times two of one sample, all its rows."""
-        return self.flops(_rows(seen, self.weight_shape[1]))
+    def _sample_plan(self, seen: Shapes | None) -> tuple[Any, int]:
+        """All rows of one sample."""
+        return self._make_plan(_rows(seen, self.weight_shape[1])), 1
 
     def plan_for_shapes(self, seen: Shapes) -> None:
         """Make the stored plan for a call with these shapes: all leading axes of x are rows."""

@@ -384,12 +384,10 @@ class _ConvNd(ConvolutionLayer):
         dims = len(weight_shape) - 2
         return 2 * prod(weight_shape) * (1 if seen is None else prod(seen.output[-dims:]))
 
-    def sample_flops(self, seen: Shapes | None) -> int:
-        """Multiply-adds times two of one sample; per output position of a 32-sided input where nothing was seen."""
-        if seen is not None:
-            return self.flops(1, *seen.input[-self.spatial_dims :])
-        side = (HINT_SIDE,) * self.spatial_dims
-        return self.flops(1, *side) // max(1, prod(self.out_spatial(side)))
+    def _sample_plan(self, seen: Shapes | None) -> tuple[Any, int]:
+        """One sample; the output positions of a 32-sided input where nothing was seen."""
+        side = (HINT_SIDE,) * self.spatial_dims if seen is None else seen.input[-self.spatial_dims :]
+        return self._plans_at(1, side)[0], 1 if seen is not None else max(1, prod(self.out_spatial(side)))
 
 
 class Conv1d(_ConvNd):

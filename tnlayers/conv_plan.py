@@ -17,7 +17,7 @@ from math import prod
 from typing import NamedTuple
 
 from decompositions.formats.network import Labels
-from decompositions.formats.plan import Sizes, Step, plan_path
+from decompositions.formats.plan import Sizes, Step, Work, plan_path
 
 # Rough constants of one CPU class; only their ratios matter for the choice.
 CALL_SECONDS = 13e-6
@@ -81,6 +81,7 @@ class ConvPlan(NamedTuple):
     flops: int
     bytes: int
     kept: int = 0  # bytes of intermediate results that backward needs
+    work: Work = ()  # the FLOPs of each step, and the labels that they are a product of
 
     @property
     def calls(self) -> int:
@@ -219,7 +220,9 @@ def _merge_plan(
     channels = shape.groups * weight_shape[1]
     moved = shape.batch * (wide * channels + narrow * weight_shape[0]) + prod(weight_shape)
     kept = itemsize * prod(weight_shape)
-    return ConvPlan("merge", dense.steps, (), (), (), (), dense.flops + flops, dense.bytes + itemsize * moved, kept)
+    work = (*dense.work, (flops, rows + cols))
+    moved = dense.bytes + itemsize * moved
+    return ConvPlan("merge", dense.steps, (), (), (), (), dense.flops + flops, moved, kept, work)
 
 
 def _chain_plans(found: Alignment, shape: ConvShape, itemsize: int) -> list[ConvPlan]:
@@ -263,7 +266,8 @@ class _Search:
         self.operands: list[Labels] = []
         self.indices: list[int] = []
         self.steps: list[Step] = []
-        self.flops = self.bytes = 0
+        self.bytes = 0
+        self.work: Work = ()
         total = len(found.legs)
         for cluster in clusters:
             if len(cluster) == 1:
@@ -282,7 +286,7 @@ class _Search:
                 position.append(total + len(self.steps) - 1)
             self.operands.append(result)
             self.indices.append(position[-1])
-            self.flops += plan.flops
+            self.work += plan.work
             self.bytes += plan.bytes
         self.kernel = {label: d for d, label in enumerate(found.kernel) if label is not None}
         columns = ((GROUP,) if shape.groups > 1 else ()) + found.channels
@@ -291,7 +295,7 @@ class _Search:
     def best(self) -> ConvPlan | None:
         self.winner: ConvPlan | None = None
         every = tuple(range(len(self.operands)))
-        self._descend(self.start, every, (), self.shape.spatial, self.flops, self.bytes, 0)
+        self._descend(self.start, every, (), self.shape.spatial, self.work, self.bytes, 0)
         return self.winner
 
     def _descend(
@@ -300,10 +304,11 @@ class _Search:
         left: tuple[int, ...],
         chain: tuple[ConvStep, ...],
         spatial: tuple[int, ...],
-        flops: int,
+        work: Work,
         moved: int,
         kept: int,
     ) -> None:
+        flops = sum(part for part, _ in work)
         if not left:
             if set(channels) != set(self.end):
                 return
@@ -311,7 +316,8 @@ class _Search:
             if permute != tuple(range(len(permute))):
                 moved += 2 * self.itemsize * self.shape.batch * self._size(channels) * prod(spatial)
             sizes = tuple(self.sizes[label] for label in self.start)
-            plan = ConvPlan("chain", tuple(self.steps), chain, self.found.splits, sizes, permute, flops, moved, kept)
+            views, steps = self.found.splits, tuple(self.steps)
+            plan = ConvPlan("chain", steps, chain, views, sizes, permute, flops, moved, kept, work)
             if self.winner is None or plan.seconds < self.winner.seconds:
                 self.winner = plan
             return
@@ -327,7 +333,8 @@ class _Search:
                 continue
             copied = step.free > 0 or step.order != tuple(range(len(step.order)))
             held = self.itemsize * self.shape.batch * self._size(channels) * prod(spatial) if chain or copied else 0
-            self._descend(after, rest, (*chain, step), now, flops + flop, moved + byte, kept + held)
+            part = (flop, (*channels, *(label for label in self.operands[k] if label not in channels)))
+            self._descend(after, rest, (*chain, step), now, (*work, part), moved + byte, kept + held)
 
     def _step(
         self, k: int, channels: Labels, rest: tuple[int, ...], edge: bool, spatial: tuple[int, ...]

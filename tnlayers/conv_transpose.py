@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -156,12 +156,10 @@ class _ConvTransposeNd(ConvolutionLayer):
         dims = len(weight_shape) - 2
         return 2 * prod(weight_shape) * (1 if seen is None else prod(seen.input[-dims:]))
 
-    def sample_flops(self, seen: Shapes | None) -> int:
-        """Multiply-adds times two of one sample; per position of a 32-sided input where nothing was seen."""
-        if seen is not None:
-            return self.flops(1, *seen.input[-self.spatial_dims :])
-        side = (HINT_SIDE,) * self.spatial_dims
-        return self.flops(1, *side) // prod(side)
+    def _sample_plan(self, seen: Shapes | None) -> tuple[Any, int]:
+        """One sample; the input positions of a 32-sided input where nothing was seen."""
+        side = (HINT_SIDE,) * self.spatial_dims if seen is None else seen.input[-self.spatial_dims :]
+        return self._plans_at(1, side)[0], 1 if seen is not None else prod(side)
 
 
 class ConvTranspose1d(_ConvTransposeNd):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from decompositions import Network, bond_sides, numel, possible_ranks, unfold
-from decompositions.linalg import gram, relative_error
-from tnlayers.budget import cut_to_budget, parameters_allowed, told
+from decompositions.linalg import fold_matrix, gram, relative_error
+from tnlayers.budget import Budget, Dense, cut_to_budget, told
 from tnlayers.dense import Recipe
 from tnlayers.explain import layer_floor
 from tnlayers.layer import NetworkLayer, Shapes
@@ -43,7 +43,7 @@ def tensorize(
     skip_if_no_gain: bool = True,
     example_input: Any = None,
     spectra: bool = True,
-    budget: int | float | None = None,
+    budget: Budget | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
     """Replace the layers of a model, in place, by layers whose weight is the recipe's network.
@@ -64,9 +64,12 @@ def tensorize(
             FLOPs counted at its sizes.
         spectra: compute singular values for the report's figures.
         budget: parameters that all networks may hold together (an int), or a share of those of the dense weights that
-            they replace (a float in (0, 1]). The recipes then make networks of high ranks (by a small tolerance, or
-            exact), and ranks are chosen for all layers together, least relative squared error first (`ranks_under`);
-            the report's `budget` says which and why.
+            they replace (a float in (0, 1]); or one of `{"parameters": n}`, `{"bytes": n}` (of the parameters),
+            `{"flops": n}` (of one sample of `example_input`, by the plans the layers take), each as a number or a
+            share, and `{"error": e}`: the fewest parameters with a root mean square of the layers' relative errors of
+            at most e. The recipes then make networks of high ranks (by a small tolerance, or exact), and ranks are
+            chosen for all layers together by their squared relative errors (`ranks_under`); the report's `budget` says
+            which and why.
         progress: called as (done, total, name) before each layer.
 
     Returns:
@@ -74,7 +77,7 @@ def tensorize(
 
     Raises:
         ValueError: a pattern that matches nothing; a recipe that fails (the message names the layer); a budget below
-            rank 1 everywhere, or with networks that are no trees.
+            rank 1 everywhere, or with networks that are no trees, or for FLOPs without an example.
         TypeError: a policy of another kind.
 
     Example:
@@ -98,7 +101,7 @@ def tensorize(
     told_budget = ""
     if budget is not None:
         full = _make_layers(candidates, rules, dict(reasons), False, progress)
-        ready, told_budget = _fit(candidates, full, budget)
+        ready, told_budget = _fit(candidates, full, budget, seen)
     layers = _make_layers(candidates, rules, reasons, skip_if_no_gain, None if ready else progress, ready)
     _keep_ties(model, candidates, reasons)  # a layer without gain stays dense, and so do those tied to it
     layers = {key: layer for key, layer in layers.items() if not reasons[key]}
@@ -120,22 +123,26 @@ def tensorize(
 
 
 def _fit(
-    candidates: Sequence[Site], full: dict[int, NetworkLayer], budget: int | float
+    candidates: Sequence[Site], full: dict[int, NetworkLayer], budget: Budget, seen: Mapping[int, Shapes]
 ) -> tuple[dict[int, Network], str]:
     """Networks by the id of the dense weight, cut to the budget; and the words that say how."""
     names: dict[str, int] = {}
-    networks, dense = {}, 0
+    layers: dict[str, NetworkLayer] = {}
+    dense = Dense({}, 0, 0, 0)
     for site in candidates:
         module: Any = site.module
         if id(module) in full and id(module.weight) not in names.values():
-            names[site.name] = id(module.weight)
-            networks[site.name] = full[id(module)].network.detach()
-            dense += module.weight.numel()
-    allowed = parameters_allowed(budget, dense)
-    if not networks:
-        return {}, ""
-    cut, choice = cut_to_budget(networks, allowed)
-    return {names[name]: net for name, net in cut.items()}, told(choice, list(networks))
+            names[site.name], layers[site.name] = id(module.weight), full[id(module)]
+            shapes, weight, stand_in = seen.get(id(module)), module.weight, stand_in_for(module)
+            assert stand_in is not None
+            dense = Dense(
+                {**dense.seen, site.name: shapes},
+                dense.parameters + weight.numel(),
+                dense.bytes + weight.numel() * weight.itemsize,
+                dense.flops + stand_in.dense_flops(tuple(weight.shape), shapes),
+            )
+    cut, choice, unit = cut_to_budget(layers, budget, dense)
+    return {names[name]: net for name, net in cut.items()}, told(choice, unit, list(layers))
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -435,10 +442,7 @@ def _spectra(net: Network, weight: Tensor) -> tuple[dict[str, tuple[float, ...]]
 
     Bonds that cut the weight in the same way (both of LowRank) are shown once.
     """
-    rows, cols = prod(net.row_modes), prod(net.col_modes)
-    matrix = weight.flatten(1)
-    padded = torch.nn.functional.pad(matrix, (0, cols - matrix.shape[1], 0, rows - matrix.shape[0]))
-    tensor = padded.reshape(net.shape)
+    tensor = fold_matrix("tensorize", weight, net.row_modes, net.col_modes)
     values: dict[str, tuple[float, ...]] = {}
     cuts: dict[str, int] = {}
     shown: set[tuple[str, ...]] = set()

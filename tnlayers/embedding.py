@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from decompositions import Network
 from decompositions.formats.cost import rates_for
-from decompositions.formats.plan import BATCH, Plan, bucket, plan_dense, plan_path, run
+from decompositions.formats.plan import BATCH, Plan, Work, bucket, plan_dense, plan_path, run
 from tnlayers.dense import NetworkFactory, Recipe, copy_settings, exactly, run_recipe, unchanged_rng
 from tnlayers.frozen import Form, Forms, frozen_weight, merge
 from tnlayers.layer import NetworkLayer, Shapes
@@ -238,9 +238,9 @@ class Embedding(TableLayer):
         """Zero: a dense table is only read."""
         return 0
 
-    def sample_flops(self, seen: Shapes | None) -> int:
-        """Multiply-adds times two of one sample, all its tokens."""
-        return self.flops(1 if seen is None else max(1, prod(seen.input[1:])))
+    def _sample_plan(self, seen: Shapes | None) -> tuple[Any, int]:
+        """All tokens of one sample."""
+        return self._make_plan(1 if seen is None else max(1, prod(seen.input[1:]))), 1
 
     def output_bound(self, difference: Tensor) -> float:
         """Bound of `‖y - y'‖` for one token: the largest row norm of the difference."""
@@ -282,17 +282,19 @@ def gathered_legs(net: Network) -> list[tuple[str, ...]]:
     ]
 
 
-def reading(plan: Plan, gathered: int, moved: int = 0, flops: int = 0) -> Plan:
+def reading(plan: Plan, gathered: int, moved: int = 0, work: Work = ()) -> Plan:
     """Add to a plan's contractions what lies around them, and predict forward and backward together.
 
     Gathered slices are new memory in forward, and their gradients again in backward: both go at the rate of scattered
-    copies (that of page faults). `moved` bytes are read and written in order. Backward contracts twice as often.
+    copies (that of page faults). `moved` bytes are read and written in order, `work` is what is computed meanwhile.
+    Backward contracts twice as often.
     """
     rates = rates_for(None)
     forward = plan.forward_seconds + gathered / rates.scatter + moved / rates.stream
     seconds = 3 * plan.forward_seconds + 2 * gathered / rates.scatter + moved / rates.stream
     total = plan.bytes + gathered + moved
-    return plan._replace(flops=plan.flops + flops, bytes=total, forward_seconds=forward, seconds=seconds)
+    flops = plan.flops + sum(part for part, _ in work)
+    return plan._replace(flops=flops, bytes=total, forward_seconds=forward, seconds=seconds, work=plan.work + work)
 
 
 def gather(net: Network, flat: Tensor) -> list[Tensor]:

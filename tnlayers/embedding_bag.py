@@ -1,7 +1,7 @@
 """EmbeddingBag whose table is a network: a bag adds up what its tokens gather before that is contracted further."""
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from decompositions import Network
 from decompositions.formats.network import Labels, dense_size
-from decompositions.formats.plan import BATCH, Plan, Step, bucket, plan_path, run
+from decompositions.formats.plan import BATCH, Plan, Step, Work, bucket, plan_path, run
 from tnlayers.dense import NetworkFactory, Recipe
 from tnlayers.embedding import TableLayer, gather, gathered_legs, readable, reading, rows_first
 from tnlayers.frozen import frozen_weight
@@ -40,6 +40,7 @@ class BagPlan(NamedTuple):
     forward_seconds: float
     seconds: float
     kept: int  # bytes of gathered slices and intermediate results that backward needs
+    work: Work  # the FLOPs of each step, and the labels that they are a product of
 
 
 class EmbeddingBag(TableLayer):
@@ -147,7 +148,7 @@ class EmbeddingBag(TableLayer):
             width = prod(sizes[label] for label in labels)
             fused = strategy == "merge" or (len(cores) == 1 and not first.steps)  # reduced where it lies
             slices = 0 if fused else sum(prod(per_token[label] for label in legs[k]) for k in cores if k in carriers)
-            first = reading(first, item * slices, item * width * (2 * tokens + bags), tokens * width)
+            first = reading(first, item * slices, item * width * (2 * tokens + bags), ((tokens * width, labels),))
             parts = [first] if last is None else [first, reading(last, 0)]
             flops, moved = sum(part.flops for part in parts), sum(part.bytes for part in parts)
             forward, seconds = sum(part.forward_seconds for part in parts), sum(part.seconds for part in parts)
@@ -166,6 +167,7 @@ class EmbeddingBag(TableLayer):
                     forward,
                     seconds,
                     item * kept,
+                    tuple(entry for part in parts for entry in part.work),
                 )
             )
         return sorted(plans, key=lambda made: made.seconds)
@@ -308,9 +310,9 @@ class EmbeddingBag(TableLayer):
         """Additions of one bag of a dense table."""
         return _length(seen) * weight_shape[1]
 
-    def sample_flops(self, seen: Shapes | None) -> int:
-        """Multiply-adds times two of one bag."""
-        return self.flops(1, _length(seen))
+    def _sample_plan(self, seen: Shapes | None) -> tuple[Any, int]:
+        """One bag."""
+        return self._bag_plans(_length(seen), 1)[0], 1
 
     def output_bound(self, difference: Tensor) -> float:
         """Bound of `‖y - y'‖` for one token of weight 1, and for a mean: the largest row norm of the difference.

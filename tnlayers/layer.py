@@ -382,9 +382,15 @@ class NetworkLayer(Movable):
         """Multiply-adds times two of the dense layer for one sample (one row or position where nothing was seen)."""
         raise TypeError("NetworkLayer.dense_flops: expected a layer class, got the base")
 
+    def _sample_plan(self, seen: Shapes | None) -> tuple[Any, int]:
+        """The plan for one sample, and how many rows or positions that is more than `dense_flops` counts."""
+        raise TypeError("NetworkLayer._sample_plan: expected a layer, got the base")
+
     def sample_flops(self, seen: Shapes | None) -> int:
         """Multiply-adds times two of this layer for one sample, as `dense_flops` counts."""
-        raise TypeError("NetworkLayer.sample_flops: expected a layer, got the base")
+        plan, parts = self._sample_plan(seen)
+        flops: int = plan.flops
+        return flops // parts
 
     def plan_for_shapes(self, seen: Shapes) -> None:
         """Make the stored plan for a call with these shapes."""

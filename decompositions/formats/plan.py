@@ -38,6 +38,10 @@ HEAVY = 1.25
 """A plan that keeps more for backward than the dense layer would must be faster by this factor to be chosen."""
 
 
+Work = tuple[tuple[int, Labels], ...]
+"""What a plan does, a part a step: its FLOPs, and the labels whose sizes they are the product of (times a factor)."""
+
+
 class Step(NamedTuple):
     """Contract two earlier operands into a new one; `right` is -1 where the step has one operand only."""
 
@@ -54,6 +58,7 @@ class Plan(NamedTuple):
     `grads` says where the gradient of each operand is. `forward_seconds` and `seconds` (forward and backward) are
     predictions, for comparison between plans only. `chunk` is how many lines of the dense weight are merged at a time
     (0: all at once). A `heavy` plan keeps more for backward than the dense weight, the cores and a quarter of x.
+    `work` says which labels the FLOPs of each forward step are a product of.
     """
 
     strategy: str
@@ -67,6 +72,7 @@ class Plan(NamedTuple):
     grads: tuple[int, ...] = ()
     chunk: int = 0
     heavy: bool = False
+    work: Work = ()
 
     @property
     def burden(self) -> float:
@@ -110,7 +116,8 @@ class _Builder:
         self.labels: list[Labels] = list(inputs)
         self.sizes, self.output, self.itemsize, self.rates = sizes, output, itemsize, rates
         self.steps: list[Step] = []
-        self.flops = self.bytes = 0
+        self.bytes = 0
+        self.work: list[tuple[int, Labels]] = []
         self.seconds = 0.0
         self.order: dict[str, int] = {}  # preferred order of the labels of intermediates
 
@@ -150,7 +157,7 @@ class _Builder:
             result = self.output if last else tuple(label for label in involved if label in rest)
             if self.order and not last:
                 result = tuple(sorted(result, key=lambda label: self.order.get(label, len(self.order))))
-        self.flops += (2 if right >= 0 else 1) * self.numel(involved)
+        self.work.append(((2 if right >= 0 else 1) * self.numel(involved), involved))
         self.bytes += self.itemsize * (sum(map(self.numel, pair)) + self.numel(result))
         return self.append(left, right, result)
 
@@ -197,20 +204,16 @@ class _Builder:
             self.contract(x, -1, self.output)
 
     def forward(self, strategy: str) -> Plan:
-        return Plan(strategy, tuple(self.steps), self.flops, self.bytes, self.seconds, self.seconds)
+        flops, work = sum(flops for flops, _ in self.work), tuple(self.work)
+        return Plan(strategy, tuple(self.steps), flops, self.bytes, self.seconds, self.seconds, work=work)
 
     def differentiate(self, strategy: str, found: Chain | None = None, plain: int = 0) -> Plan:
         """Append the backward steps; along a chain in the layouts that `search_backward` chose.
 
         The gradients of the last `plain` steps are laid out like their operands.
         """
-        forward, count, flops, moved, seconds = (
-            tuple(self.steps),
-            len(self.labels),
-            self.flops,
-            self.bytes,
-            self.seconds,
-        )
+        forward, count = tuple(self.steps), len(self.labels)
+        flops, work, moved, seconds = sum(n for n, _ in self.work), tuple(self.work), self.bytes, self.seconds
         inputs = count - len(forward)
         self.labels.append(self.output)  # the gradient of the result
         self.live.append(self.output)
@@ -243,7 +246,7 @@ class _Builder:
         used = {k for step in backward for k in (step.left, step.right)}
         kept = self.itemsize * sum(self.numel(self.labels[k]) for k in used if inputs <= k < count)
         grads = tuple(gradient[k] for k in range(inputs))
-        return Plan(strategy, forward, flops, moved, seconds, self.seconds, kept, backward, grads)
+        return Plan(strategy, forward, flops, moved, seconds, self.seconds, kept, backward, grads, work=work)
 
     def _returns(self, found: Chain, forward: tuple[Step, ...], inputs: int) -> dict[int, tuple[Labels, Labels, int]]:
         """Layouts of the gradients at the steps of a chain: (of x's side, of the core before its sums, how many)."""
