@@ -61,7 +61,7 @@ def draw(net: Network, path: str | os.PathLike[str] | None = None) -> str:
         if len(owners) == 2 and kind == "bond":
             a, b = places[owners[0]], places[owners[1]]
             bend = _bend(seen, owners)
-            jump = line and abs(owners[0] - owners[1]) > 1  # would run through the cores between
+            jump = line and abs(a[0] - b[0]) > 1.5 * STEP  # would run through the cores between
             via = _via(a, b, 46.0 if jump and not bend else bend)
             lines.append(_curve(a, via, b, COLORS["bond"]))
             texts.append(_text(_half(a, via, b), str(sizes[label]), COLORS["bond"]))

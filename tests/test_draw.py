@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from cases import ALL
 
-from decompositions import CP, TT, Monarch, TensorRing, Tree, draw
+from decompositions import CP, TT, Monarch, TensorRing, Tree, Tucker, draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -43,6 +43,16 @@ def test_lines_levels_and_circles():
     ring = places(TensorRing.random(row_modes=(2, 3), col_modes=(4, 2), rank=2))
     assert len({round(x * x + y * y, 3) for x, y in ring}) == 1
     assert len(places(Monarch.random(row_modes=(2, 3), col_modes=(4, 2)))) == 2
+
+
+def test_neighbours_on_a_line_are_joined_by_straight_lines():
+    """Tucker's core has number 0 and stands between its two factors."""
+    paths = draw(Tucker.random(row_modes=(4,), col_modes=(5,), rank=2)).split("<path ")[1:]
+    bonds = [line for line in paths if 'stroke="#444444"' in line]
+    assert len(bonds) == 2
+    for line in bonds:
+        _, y0, _, *via_and_end = line.split('"')[1].removeprefix("M ").split()
+        assert {y0, via_and_end[1], via_and_end[3]} == {"0.0"}
 
 
 def test_a_file_is_written_and_labels_cannot_break_it(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from decompositions import LowRank, draw
 from tnlayers import files
 from tnlayers.figures import MAX_BARS, parameters_figure, spectrum_figure
 from tnlayers.files import write_atomic
@@ -239,6 +240,7 @@ def test_json_takes_numpy_numbers_and_can_leave_spectra_out():
         (lambda d: d["rows"][0].update(params=-1), "params must be >= 0, got -1"),
         (lambda d: d["rows"][0].update(spectra={"0": ["x"]}), "expected a number, got 'x'"),
         (lambda d: d["rows"][0].update(break_even_rank="12"), "expected ints, got '12'"),
+        (lambda d: d["rows"][0].update(diagram="<script>"), "must be an SVG document, got '<script>'"),
     ],
 )
 def test_from_dict_refuses_by_name(change, match):
@@ -276,6 +278,21 @@ def test_page_is_self_contained(tmp_path):
     assert "bond 0: 16 of 64 kept" in page.alts[1]
     for expected in ("9.01%", "201k", "no.spectra", "excluded", "2 of 3", "256x784"):
         assert expected in page.text
+
+
+def test_page_draws_each_network_once_and_tells_the_budget(tmp_path):
+    one, two = (draw(LowRank.random(row_modes=(6,), col_modes=(5,), rank=r)) for r in (2, 3))
+    rows = (converted("a", diagram=one), converted("b", diagram=one), converted("c", diagram=two), kept())
+    before = Report(rows, 10, 5, budget="budget: 7 of 9\na.r: rank 2, cuts <0.1>")
+    page = check_page(before.html())
+    drawn = [alt for alt in page.alts if alt.startswith("Diagram")]
+    assert drawn == [f"Diagram of the network of {name}: LowRank, ranks 16." for name in "ac"]
+    for expected in ("a and 1 more", "budget: 7 of 9", "a.r: rank 2, cuts <0.1>", "Every rank, and why"):
+        assert expected in page.text
+    assert Report.from_dict(json.loads(before.to_json())) == before
+    assert all(row["diagram"] == "" for row in before.to_dict(spectra=False)["rows"])
+    many = [converted(f"l{k}", diagram=one.replace("</svg>", f"<desc>{k}</desc></svg>")) for k in range(40)]
+    assert sum(alt.startswith("Diagram") for alt in check_page(report(*many).html()).alts) == 24
 
 
 def test_page_escapes_everything():

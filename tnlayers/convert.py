@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decompositions import Network, bond_sides, numel, possible_ranks, unfold
+from decompositions import Network, bond_sides, draw, numel, possible_ranks, unfold
 from decompositions.linalg import fold_matrix, gram, relative_error
 from tnlayers.budget import Budget, Dense, cut_to_budget, told
 from tnlayers.dense import Recipe
@@ -401,6 +401,7 @@ def _row(site: Site, layer: NetworkLayer | None, why: str, seen: Shapes | None, 
         spectra=values,
         cuts=cuts,
         floor=_floor(layer, seen),
+        diagram=draw(net),
     )
 
 

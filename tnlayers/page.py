@@ -279,6 +279,34 @@ def inline_image(png: bytes, alt: str) -> str:
     )
 
 
+def inline_drawing(svg: str, alt: str) -> str:
+    """`<img>` that carries a drawing of this library, at its own size.
+
+    Raises:
+        ValueError: the text is no SVG document.
+
+    Example:
+        >>> from decompositions import TT, draw
+        >>> inline_drawing(draw(TT.random(row_modes=(4, 5), rank=2)), "a < b")[:34]
+        '<img class="figure" alt="a &lt; b"'
+    """
+    if not svg.startswith("<svg"):
+        raise ValueError(f"inline_drawing: expected an SVG document, got {svg[:20]!r}; make it with draw")
+    data = base64.b64encode(svg.encode()).decode("ascii")
+    return f'<img class="figure" alt="{_escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def unfolded(summary: str, lines: Sequence[str]) -> str:
+    """A line that opens a list of lines.
+
+    Example:
+        >>> unfolded("ranks", ["fc: 3"])
+        '<details><summary>ranks</summary><ul><li>fc: 3</li></ul></details>\\n'
+    """
+    entries = "".join(f"<li>{_escape(line)}</li>" for line in lines)
+    return f"<details><summary>{_escape(summary)}</summary><ul>{entries}</ul></details>\n"
+
+
 def html_page(title: str, sections: Sequence[tuple[str, str]], *, lead: str = "") -> str:
     """One self-contained page: no request leaves it (a content policy forbids them), light and dark.
 

@@ -23,6 +23,7 @@ from tnlayers.page import (
     gallery,
     html_page,
     html_table,
+    inline_drawing,
     inline_image,
     number,
     paragraph,
@@ -31,6 +32,7 @@ from tnlayers.page import (
     shorten,
     text_table,
     tiles,
+    unfolded,
 )
 
 VERSION = 1
@@ -60,6 +62,7 @@ class LayerRow:
         spectra: bond -> singular values of the dense weight's unfolding there; may be empty.
         cuts: bond -> rank kept.
         floor: least training time relative to the dense layer, where the weight is merged at every step; else None.
+        diagram: the network as SVG (`decompositions.draw`); may be empty.
 
     Raises:
         ValueError: a status that is neither, or a negative count.
@@ -86,6 +89,7 @@ class LayerRow:
     spectra: dict[str, tuple[float, ...]] = field(default_factory=dict)
     cuts: dict[str, int] = field(default_factory=dict)
     floor: float | None = None
+    diagram: str = ""
 
     @property
     def label(self) -> str:
@@ -178,7 +182,7 @@ class Report:
         """Plain dict that JSON can hold; non-finite numbers become the strings "nan", "inf", "-inf".
 
         Args:
-            spectra: whether to include the singular values (they are most of the size).
+            spectra: whether to include the singular values and diagrams (they are most of the size).
         """
         rows = []
         for row in self.rows:
@@ -190,6 +194,7 @@ class Report:
             entry["shape"], entry["ranks"] = [int(n) for n in row.shape], [int(r) for r in row.ranks]
             for name in ("error", "output_bound", "floor"):
                 entry[name] = plain(entry[name])
+            entry["diagram"] = row.diagram if spectra else ""
             entry["cuts"] = {str(bond): int(cut) for bond, cut in row.cuts.items()}
             entry["spectra"] = (
                 {str(bond): [plain(float(v)) for v in values] for bond, values in row.spectra.items()}
@@ -282,6 +287,16 @@ class Report:
             sections.append(("Parameters by layer", inline_image(png, alt)))
         else:
             sections.append(("Layers", paragraph("No layer of this model can be converted.")))
+        if self.budget:
+            first, *lines = self.budget.splitlines()
+            sections.append(("Budget", paragraph(first) + unfolded("Every rank, and why", lines)))
+        drawings: dict[str, list[LayerRow]] = {}
+        for row in self.rows:
+            if row.diagram:
+                drawings.setdefault(row.diagram, []).append(row)
+        if drawings:
+            shown = [_drawing(svg, rows) for svg, rows in list(drawings.items())[:DRAWINGS]]
+            sections.append(("Networks", paragraph(DIAGRAM_NOTE) + gallery(shown)))
         pictures = [_picture(row) for row in self.rows if row.spectra]
         if pictures:
             sections.append(("Singular values", paragraph(SPECTRUM_NOTE) + gallery(pictures)))
@@ -309,6 +324,13 @@ SPECTRUM_NOTE = (
     "Relative to the largest, one line a bond, both axes logarithmic. The dashed line is the rank kept; what lies to "
     "its right is discarded."
 )
+
+DIAGRAM_NOTE = (
+    "A disk is a core, a line a bond with its rank, a red leg a row mode, a green leg a column mode; a black dot joins "
+    "more than two. Layers with the same network share a picture."
+)
+DRAWINGS = 24
+"""Distinct networks that a page draws."""
 
 FLOOR_NOTE = "merged at every training step, which saves memory and not time"
 FLOORS = 12
@@ -394,6 +416,13 @@ def _picture(row: LayerRow) -> tuple[str, str, str]:
     return row.label, f"{by(row.shape)}, {row.format}", inline_image(figure_png(figure, transparent=True), alt)
 
 
+def _drawing(svg: str, rows: list[LayerRow]) -> tuple[str, str, str]:
+    first = rows[0]
+    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+    alt = f"Diagram of the network of {first.label}: {first.format}, ranks {by(first.ranks)}."
+    return first.label + more, f"{by(first.shape)}, {first.format}", inline_drawing(svg, alt)
+
+
 def plain(value: float | None) -> float | str | None:
     """A number that JSON can hold: non-finite ones by name.
 
@@ -437,6 +466,10 @@ def _row(data: Any, position: int) -> LayerRow:
         values[name] = None if value is None else _number(value, f"{name} of {where}")
     even = data.get("break_even_rank")
     values["break_even_rank"] = None if even is None else _integers([even], f"break_even_rank of {where}")[0]
+    diagram = _entry(data, "diagram", str, where) if "diagram" in data else ""
+    if diagram and not diagram.startswith("<svg"):
+        raise ValueError(f"Report.from_dict: diagram of {where} must be an SVG document, got {diagram[:20]!r}")
+    values["diagram"] = diagram
     values["spectra"] = {
         str(bond): tuple(_number(v, f"spectra of {where}") for v in _entry(data["spectra"], bond, list, where))
         for bond in _entry(data, "spectra", dict, where)
