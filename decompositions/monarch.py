@@ -1,11 +1,11 @@
-"""The nearest Monarch matrix, block by block."""
+"""The nearest Monarch matrix, block by block; and group-and-shuffle matrices as Monarch matrices."""
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Inexact
+from jaxtyping import Inexact, Int
 from torch import Tensor
 
 from decompositions.formats.modes import balanced_modes
@@ -119,3 +119,84 @@ def monarch_projection(
     task.x = weight
     net = Monarch([core.contiguous() for core in cores])
     return task.finish(net, with_error, target=padded.detach())
+
+
+class Shuffles(NamedTuple):
+    """A matrix `W[rows][:, inverse of cols]` of a Monarch matrix W: what its labels cannot say is in two orders."""
+
+    network: Monarch
+    rows: Int[Tensor, "m"]
+    cols: Int[Tensor, "n"]
+
+
+def group_and_shuffle(
+    left: Inexact[Tensor, "kl a s"],
+    right: Inexact[Tensor, "kr t b"],
+    inner: Sequence[int] | Int[Tensor, "n"] | None = None,
+    *,
+    rows: Sequence[int] | Int[Tensor, "m"] | None = None,
+    cols: Sequence[int] | Int[Tensor, "n"] | None = None,
+) -> Shuffles:
+    """`A = P_rows diag(L_1, ..., L_k) P_inner diag(R_1, ..., R_l) P_cols` for any shuffles, as a Monarch matrix.
+
+    A shuffle in gather form takes entry order[i] of its input to place i. Block (a, b) of L P R, between block a of L
+    and block b of R, is a sum of as many outer products as P has lines from R_b to L_a; the largest number of lines is
+    the rank of the Monarch matrix, blocks with fewer being filled with zeros (training may use them). A shuffle that
+    deals every block out evenly, such as `P_(k, n)`, costs nothing. `tnlayers.Shuffled` keeps the two orders as buffers
+    around a layer.
+
+    Args:
+        left: blocks of L, applied last.
+        right: blocks of R.
+        inner: the shuffle between; None is the transpose of the blocks of R, `P_(l, n)`.
+        rows: the shuffle of the outputs.
+        cols: the shuffle of the inputs.
+
+    Raises:
+        ValueError: blocks that do not fit one another, orders that are no permutations.
+
+    References:
+        M. Gorbunov, N. Yudin, V. Soboleva, A. Alanov, A. Naumov, M. Rakhuba, Group and shuffle, NeurIPS 2024, arXiv
+        2406.10019, definition 3.1 and proposition 2.
+
+    Example:
+        >>> import torch
+        >>> left, right = torch.randn(4, 3, 6), torch.randn(6, 4, 5)
+        >>> net, rows, cols = group_and_shuffle(left, right, torch.randperm(24))
+        >>> from decompositions import to_matrix
+        >>> to_matrix(net).shape, len(rows), len(cols)
+        (torch.Size([12, 30]), 12, 30)
+    """
+    (kl, a, s), (kr, t, b) = left.shape, right.shape
+    if kl * s != kr * t:
+        raise ValueError(
+            f"group_and_shuffle: L must take what R gives, expected {kl} x {s} = {kl * s} inputs, got {kr} x {t} = "
+            f"{kr * t}"
+        )
+    if inner is None:
+        inner = torch.arange(kr * t).reshape(kr, t).T.flatten()
+    order = _order("inner", inner, kl * s)
+    to, place = torch.arange(kl * s) // s, torch.arange(kl * s) % s  # block of L, and its input there
+    of, line = order // t, order % t  # block of R, and its output there
+    lines = torch.zeros(kl, kr, dtype=torch.int64)
+    number = torch.empty_like(order)  # of a line, among those between the same two blocks
+    for k in range(kl * s):
+        number[k] = lines[to[k], of[k]]
+        lines[to[k], of[k]] += 1
+    rank = int(lines.max())
+    last, first = left.new_zeros(kl, a, kr, rank), right.new_zeros(kr, kl, rank, b)
+    last[to, :, of, number] = left[to, :, place]
+    first[of, to, number] = right[of, line]
+    # Monarch's outputs run over the rows of L's blocks first, then over its blocks
+    own = torch.arange(a * kl).reshape(a, kl).T.flatten()
+    outer = own if rows is None else own[_order("rows", rows, a * kl)]
+    return Shuffles(Monarch([last, first]), outer, _order("cols", range(kr * b) if cols is None else cols, kr * b))
+
+
+def _order(name: str, order: Sequence[int] | Tensor, count: int) -> Tensor:
+    found = torch.as_tensor(list(order) if not isinstance(order, Tensor) else order).cpu()
+    if found.shape != (count,) or sorted(found.tolist()) != list(range(count)):
+        raise ValueError(
+            f"group_and_shuffle: {name} must be a permutation of 0..{count - 1}, got {str(found.tolist())[:60]}"
+        )
+    return found

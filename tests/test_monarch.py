@@ -1,7 +1,7 @@
 """Monarch matrices: what they are as products of matrices, the exact projection, its tolerance, layers."""
 
 from functools import partial
-from math import prod, sqrt
+from math import gcd, prod, sqrt
 
 import pytest
 import reference
@@ -13,6 +13,7 @@ from torch import nn
 import tnlayers
 from decompositions import Monarch, TruncationWarning, als, monarch_projection, norm, numel, round, to_dense, to_matrix
 from decompositions.formats.monarch import block_ranks
+from decompositions.monarch import group_and_shuffle
 
 F64 = torch.float64
 
@@ -96,6 +97,67 @@ def test_sketches_find_blocks_of_small_rank(rows, cols, rng):
     best = monarch_projection(w, rows, cols, 2, with_error=True)[1]
     found = monarch_projection(w, rows, cols, 2, method="randomized", with_error=True, generator=rng)[1]
     assert best <= found * (1 + 1e-9) <= 1.05 * best
+
+
+@given(data=st.data(), kl=st.integers(1, 4), kr=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_any_shuffles_are_a_monarch_matrix_between_two_orders(data, kl, kr, seed):
+    generator = torch.Generator().manual_seed(seed)
+    width = kl * kr // gcd(kl, kr) * data.draw(st.integers(1, 3))
+    a, b = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    left = torch.randn(kl, a, width // kl, dtype=F64, generator=generator)
+    right = torch.randn(kr, width // kr, b, dtype=F64, generator=generator)
+    inner, rows, cols = (torch.randperm(n, generator=generator) for n in (width, kl * a, kr * b))
+    eye = torch.eye(width, dtype=F64)
+    whole = (torch.block_diag(*left) @ eye[inner] @ torch.block_diag(*right) @ torch.eye(kr * b, dtype=F64)[cols])[rows]
+    net, outer, first = group_and_shuffle(left, right, inner, rows=rows, cols=cols)
+    assert reference.relative(to_matrix(net)[outer][:, torch.argsort(first)], whole) < 1e-12
+    layer = tnlayers.Linear(kr * b, kl * a, bias=False, network=lambda *_: net, dtype=F64)
+    shuffled = tnlayers.Shuffled(layer, outer, first)
+    x = torch.randn(3, kr * b, dtype=F64, generator=generator)
+    assert torch.allclose(shuffled(x), x @ whole.T, atol=1e-12)
+    assert reference.relative(shuffled.weight, whole) < 1e-12
+
+
+def test_even_shuffles_cost_nothing(rng):
+    """P_(k, n) joins every two blocks equally often: the Monarch matrix has as many parameters as the blocks."""
+    left, right = torch.randn(4, 6, 8, generator=rng), torch.randn(8, 4, 5, generator=rng)
+    net = group_and_shuffle(left, right).network
+    assert net.ranks == (1,)
+    assert numel(net) == left.numel() + right.numel()
+
+
+def test_a_shuffled_layer_trains_travels_and_refuses(rng, tmp_path, unchecked):
+    inner = tnlayers.Linear(12, 8, network=tnlayers.random_network(Monarch, rank=1, order=2))
+    layer = tnlayers.Shuffled(inner, rows=torch.randperm(8, generator=rng), cols=torch.randperm(12, generator=rng))
+    x = torch.randn(4, 12, generator=rng)
+    layer(x).square().sum().backward()
+    dense = nn.functional.linear(x, layer.weight, layer.layer.bias[layer.rows])
+    assert torch.allclose(layer(x), dense, atol=1e-5)
+    assert all(core.grad is not None for core in inner.cores)
+    twin = tnlayers.Shuffled(tnlayers.Linear(12, 8, network=lambda *_: inner.network.detach()), range(8), range(12))
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    tnlayers.save(layer, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        tnlayers.densify(twin)
+    assert torch.allclose(twin(x), layer(x), atol=1e-5)
+    exported = torch.export.export(layer, (x,)).module()
+    assert torch.allclose(exported(x), layer(x), atol=1e-5)
+    conv = nn.Conv2d(6, 4, 3)
+    images = torch.randn(2, 6, 5, 5, generator=rng)
+    moved = tnlayers.Shuffled(conv, cols=torch.randperm(6, generator=rng), dim=1)
+    assert torch.allclose(moved(images), nn.functional.conv2d(images, moved.weight, conv.bias), atol=1e-5)
+    assert "cols shuffled, dim=1" in repr(moved)
+    for order in ([0, 1], [0] * 12, torch.arange(12.0), [list(range(12))]):
+        with pytest.raises(ValueError, match=r"Shuffled: cols must be a permutation of 0\.\.11"):
+            tnlayers.Shuffled(inner, cols=order)
+    with pytest.raises(ValueError, match="expected a layer with in_features and out_features"):
+        tnlayers.Shuffled(nn.ReLU())
+    blocks = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=r"L must take what R gives, expected 2 x 4 = 8 inputs, got 2 x 3 = 6"):
+        group_and_shuffle(blocks, blocks)
+    with pytest.raises(ValueError, match=r"inner must be a permutation of 0\.\.7, got \[0, 0"):
+        group_and_shuffle(blocks, torch.zeros(2, 4, 3), [0] * 8)
 
 
 def test_padding_defaults_and_counts(rng):

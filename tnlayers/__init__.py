@@ -31,3 +31,4 @@ from tnlayers.parametrize import NetworkWeight as NetworkWeight
 from tnlayers.rank_change import RankChangeWarning as RankChangeWarning
 from tnlayers.report import LayerRow as LayerRow
 from tnlayers.report import Report as Report
+from tnlayers.shuffled import Shuffled as Shuffled
