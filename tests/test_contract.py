@@ -1,5 +1,6 @@
 """Pairwise contraction: any equation, einsum's values, and the very layout that was asked for."""
 
+import itertools
 import random
 
 import pytest
@@ -36,6 +37,27 @@ def test_any_equation_equals_einsum(rng):
             laid_out += 1
             assert got.is_contiguous(), equation
     assert laid_out > 300
+
+
+def test_batches_are_given_to_the_library_whole(monkeypatch, rng):
+    """torch.bmm loops on a CPU, and copies, where the matrices of a batch are interleaved."""
+    given = []
+
+    def spy(a, b, *, out=None, product=torch.bmm):
+        given.extend((a, b))
+        return product(a, b) if out is None else product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "bmm", spy)
+    left, right = torch.randn(6, 7, 5, generator=rng), torch.randn(7, 4, 5, generator=rng)
+    for order in itertools.permutations(range(3)):  # the same operands with every layout in memory
+        inverse = [order.index(k) for k in range(3)]
+        a, b = (x.permute(order).contiguous().permute(inverse) for x in (left, right))
+        for equation in ("abc,bdc->cad", "abc,bdc->bcad", "abc,bdc->bad"):
+            assert torch.allclose(contract(equation, a, b), torch.einsum(equation, a, b), atol=1e-5)
+    assert given
+    for x in given:
+        (_, m, n), (_, row, col) = x.shape, x.stride()
+        assert (col == 1 and row >= n) or (row == 1 and col >= m)
 
 
 def test_views_go_in_and_gradients_come_back(rng):

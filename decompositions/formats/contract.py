@@ -184,6 +184,15 @@ def _as_matrix(x: Tensor, recipe: Recipe, side: int) -> Tensor:
     return x if expand is None else x.expand(expand)
 
 
+def _for_batches(x: Tensor) -> Tensor:
+    """A batch of matrices that MKL takes as it is: torch would loop over any other, and copy every matrix by itself."""
+    _, m, n = x.shape
+    _, row, col = x.stride()
+    if (col == 1 and row >= n) or (row == 1 and col >= m):
+        return x
+    return x.contiguous()
+
+
 def contract(equation: str, left: Tensor, right: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Contract two operands (or permute and sum one); the result is laid out in memory as the equation says.
 
@@ -211,6 +220,8 @@ def contract(equation: str, left: Tensor, right: Tensor | None = None, out: Tens
         return torch.einsum(equation, left, right)
     a, b = (left, right) if recipe.first == 0 else (right, left)
     a, b = _as_matrix(a, recipe, 0), _as_matrix(b, recipe, 1)
+    if len(recipe.size) == 3 and a.device.type == "cpu" and type(a) in PLAIN and type(b) in PLAIN:
+        a, b = _for_batches(a), _for_batches(b)
     if recipe.thin and a.device.type == "cpu":
         result = torch.mm(b.T, a.T).T.contiguous()
     elif out is not None:
