@@ -26,6 +26,8 @@ from tnlayers.layer import NetworkLayer as NetworkLayer
 from tnlayers.linear import Linear as Linear
 from tnlayers.optim import RankAdaptive as RankAdaptive
 from tnlayers.optim import RankLimitWarning as RankLimitWarning
+from tnlayers.optim import RiemannianAdam as RiemannianAdam
+from tnlayers.optim import RiemannianSGD as RiemannianSGD
 from tnlayers.optim import compact as compact
 from tnlayers.parametrize import NetworkWeight as NetworkWeight
 from tnlayers.rank_change import RankChangeWarning as RankChangeWarning

@@ -1,7 +1,9 @@
-"""Optimizers that train networks: ranks found by the training."""
+"""Optimizers that train networks: ranks found by the training, or fixed on their manifold."""
 
 from tnlayers.optim.callbacks import lightning_callback as lightning_callback
 from tnlayers.optim.callbacks import trainer_callback as trainer_callback
 from tnlayers.optim.models import compact as compact
 from tnlayers.optim.rank_adaptive import RankAdaptive as RankAdaptive
 from tnlayers.optim.rank_adaptive import RankLimitWarning as RankLimitWarning
+from tnlayers.optim.riemannian import RiemannianAdam as RiemannianAdam
+from tnlayers.optim.riemannian import RiemannianSGD as RiemannianSGD

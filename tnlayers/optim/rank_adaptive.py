@@ -20,9 +20,9 @@ from torch.optim.optimizer import Optimizer
 
 from decompositions import Network, scale
 from decompositions.formats.gauge import cutting, orthogonalizing
-from decompositions.geometry import Tangent, center_gradients
+from decompositions.geometry import Tangent
 from decompositions.geometry.gauges import gauging
-from decompositions.geometry.retraction import extending
+from decompositions.geometry.retraction import basis_overlaps, extending, follow
 from decompositions.geometry.tangent import gauge_fix
 from decompositions.lockstep import Job, together
 from tnlayers.integrators.schemes import FIXED, SCHEMES
@@ -223,7 +223,7 @@ class RankAdaptive(Optimizer):
             core = turns[track.turn % len(turns)]
             track.turn += 1
         if old is not None and core is None and old.core is None and track.moment:
-            seen = center_gradients(at, Tangent(old.at, tuple(track.moment)))  # its transport
+            seen = follow(at, old.at, basis_overlaps(at, old.at), track.moment)
             track.moment = list(gauge_fix(at, seen, twice=False).deltas)
         else:
             track.moment = [torch.zeros_like(center) for center in (at.center if core is None else (at.center[core],))]

@@ -80,7 +80,7 @@ class Track:
             self.moment = [m.to(like) for m in self.moment]
             self.second = [v.to(device=like.device) for v in self.second]
 
-    def check_gradients(self, step: int) -> None:
+    def check_gradients(self, step: int, optimizer: str = "RankAdaptive") -> None:
         """Refuse gradients that are not finite, before anything moves.
 
         Raises:
@@ -91,7 +91,7 @@ class Track:
         found = [p.grad for p in self.layer._active_probes() if p.grad is not None]
         if found and not bool(torch.stack([torch.linalg.vector_norm(g) for g in found]).isfinite().all()):
             raise ValueError(
-                f"RankAdaptive: gradients must be finite, got NaN or infinity in {self.name} at step {step}; nothing "
+                f"{optimizer}: gradients must be finite, got NaN or infinity in {self.name} at step {step}; nothing "
                 "was moved: lower lr, clip, or scale the loss"
             )
 
