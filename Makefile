@@ -57,7 +57,7 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 
 bench-env: $(BENCH)/.installed
 
-bench-layers bench-convolutions bench-formats bench-integrators bench-plans bench-gpu: bench-%: $(STAMP)
+bench-layers bench-convolutions bench-formats bench-riemannian bench-integrators bench-plans bench-gpu: bench-%: $(STAMP)
 	$(BENCHPY) benchmarks/$*.py $(FULL)
 
 bench-rank-adaptive: $(STAMP)

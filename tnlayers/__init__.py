@@ -29,6 +29,7 @@ from tnlayers.optim import RankLimitWarning as RankLimitWarning
 from tnlayers.optim import RiemannianAdam as RiemannianAdam
 from tnlayers.optim import RiemannianSGD as RiemannianSGD
 from tnlayers.optim import compact as compact
+from tnlayers.optim import geoopt_manifold as geoopt_manifold
 from tnlayers.parametrize import NetworkWeight as NetworkWeight
 from tnlayers.rank_change import RankChangeWarning as RankChangeWarning
 from tnlayers.report import LayerRow as LayerRow

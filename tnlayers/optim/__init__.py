@@ -2,6 +2,7 @@
 
 from tnlayers.optim.callbacks import lightning_callback as lightning_callback
 from tnlayers.optim.callbacks import trainer_callback as trainer_callback
+from tnlayers.optim.manifolds import geoopt_manifold as geoopt_manifold
 from tnlayers.optim.models import compact as compact
 from tnlayers.optim.rank_adaptive import RankAdaptive as RankAdaptive
 from tnlayers.optim.rank_adaptive import RankLimitWarning as RankLimitWarning
