@@ -95,6 +95,54 @@ def test_twenty_rank_changes_in_each_of_four_layers_cost_one_compilation(format,
     assert counter.frame_count == 1
 
 
+def trained(format, options, settings, backend, steps=60):
+    """Two models in training side by side, one compiled; their ranks change at every rounding."""
+    counter = CompileCounterWithBackend(backend)
+    models, optimizers, calls = [], [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(tnlayers.Linear(16, 16, network=tnlayers.random_network(format, 4, **options)) for _ in range(4))
+        )
+        models.append(model)
+        optimizers.append(tnlayers.RankAdaptive(model, 0.002, tol=0.1, **settings))
+        calls.append(tnlayers.compile(model, fullgraph=True, backend=counter) if compiled else model)
+    changes, before = [0] * 4, [None] * 4
+    for step in range(steps):
+        g = torch.Generator().manual_seed(step)
+        x, y = torch.randn(12, 16, generator=g), torch.randn(12, 16, generator=g)
+        results = []
+        for call, optimizer in zip(calls, optimizers, strict=True):
+            for track in optimizer._tracks:  # another tolerance every time: ranks go up and down
+                track.ranks.tol = (0.05, 0.4, 0.15)[step // settings["every"] % 3]
+            optimizer.zero_grad()
+            results.append(call(x))
+            (results[-1] - y).square().mean().backward()
+            optimizer.step()
+        assert close((results[0],), (results[1],), 1e-3)
+        ranks = [track.window.point.ranks for track in optimizers[1]._tracks]
+        changes = [n + (a != b) for n, a, b in zip(changes, before, ranks, strict=True)]
+        before = ranks
+    for a, b in zip(*models, strict=True):
+        assert torch.allclose(a.weight, b.weight, atol=1e-3)
+    return counter.frame_count, min(changes) - 1
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "settings", "backend", "steps"),
+    [
+        (LowRank, {}, {"every": 1}, "aot_eager", 60),
+        (LowRank, {}, {"every": 4}, "inductor", 140),
+        (TTMatrix, {"order": 2}, {"every": 1}, "aot_eager", 60),
+    ],
+    ids=["low_rank", "windows-inductor", "ttm"],
+)
+def test_training_at_changing_rank_compiles_at_most_three_times(format, options, settings, backend, steps):
+    frames, changes = trained(format, options, settings, backend, steps)
+    assert changes >= 20
+    assert frames <= 3
+
+
 def test_plain_compile_specialises_on_ranks():
     """What tnlayers.compile is for; where torch stops doing this, it is needed no more."""
     layer = tnlayers.Linear(32, 32, network=tnlayers.random_network(TTMatrix, 12, order=2))

@@ -19,7 +19,10 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     their ranks become: `layer.plan(batch=)` (or `tensorize(example_input=)`) before this call chooses for what batch.
 
     Guarantee: rank changes compile nothing, except to and from rank 1, which torch always specialises on, and where a
-    frozen layer is thawed or the other way round. Values and gradients are those of the eager model.
+    frozen layer is thawed or the other way round. Values and gradients are those of the eager model. In training by
+    `RankAdaptive` or the Riemannian optimizers a program contracts the affine weight of the window, from the probes
+    (W_open + xi, doubled ranks): twice or three times compiled, whatever the ranks do after; windows of one core
+    (`window="center"`) have a program a core.
 
     Args:
         model: any module; modules that are no network layers are compiled as torch does.
@@ -45,6 +48,8 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     for _, layer in network_layers(model):
         layer.pin_plan()
         _mark_bonds(layer)
+        if layer._window is not None:
+            layer._window.lay_out()
     compiled: Any = torch.compile(model, **options)
     if compiled is not model:  # it is under disable=True
         # entered and left around each call by the very wrapper that torch.compile returns, as for its own `dynamic=`

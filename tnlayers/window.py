@@ -9,6 +9,7 @@ None: the cores are the point at which the window was opened.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class Window:
 
     def still(self, probes: Sequence[Tensor]) -> bool:
         """Whether the probes are zero: the layer's own (not others put in their place), and nobody wrote to them."""
+        if torch.compiler.is_compiling():  # one program for probes at zero and elsewhere; nor can it read versions
+            return False
         if not self.fresh or len(self._stamps) != len(probes):
             return False
         return all(p is q and p._version == v for p, (q, v) in zip(probes, self._stamps, strict=True))
@@ -78,6 +81,10 @@ class Window:
             links={bond: fn(link) for bond, link in at.links.items()},
         )
         self.point, self._chain = net, None
+
+    def lay_out(self) -> None:
+        """Contiguous tensors of their own: a compiled program is made for one layout in memory, and for no views."""
+        self.move(partial(torch.clone, memory_format=torch.contiguous_format))
 
     def cores(self, probes: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Cores of a network with the current weight, differentiable with respect to the probes."""
@@ -185,6 +192,7 @@ class Movable(Freezable):
     """What every layer has to be moved by an optimizer: the window, and the Parameters of the change."""
 
     probes: Probes
+    _pinned = False  # whether the layer is part of a compiled model
     _window: Window | None = None
 
     def _replan(self) -> None:
@@ -198,6 +206,8 @@ class Movable(Freezable):
         layer's own are zeroed and resized, the same Parameter objects from window to window.
         """
         release(self)
+        if self._pinned:
+            window.lay_out()
         for parameter, core in zip(self.cores, window.point.cores, strict=True):
             if parameter.data_ptr() != core.data_ptr() or parameter.shape != core.shape:
                 parameter.grad = None
