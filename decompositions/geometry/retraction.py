@@ -246,10 +246,11 @@ def follow(
 ) -> list[Tensor]:
     """Deltas of one point as deltas of another that it was moved to: every one in the new bases around its core.
 
-    A vector transport: it differs from projection by terms of the size of the move, and costs one product a bond and
-    core. The result still has parts along U'_e; `gauge_fix` removes them. Projection also turns parts of one core's
-    delta into those of others; an optimizer that scales cores by different numbers must not have that: a large root
-    delta, scaled up as a leaf's, makes it diverge.
+    A vector transport: it differs from projection by terms of the size of the move, and costs two products a bond and
+    core. What the new bases have taken in of a delta goes on in the cores above, as in the projection. Not so the
+    other way: a projection also turns what U'_e has lost of U_e, times the large deltas above, into deltas below. An
+    optimizer that scales small deltas up must not have that: it diverges (`RankAdaptive` did so on trees from a
+    learning rate of .001 on, where it now takes .03). The result still has parts along U'_e; `gauge_fix` removes them.
 
     Args:
         at: the new point, of any ranks.
@@ -277,12 +278,22 @@ def follow(
             old = along(old, at.axis(edge.parent, bond), above[bond])
         axis = at.axis(edge.parent, edge.bond)
         above[edge.bond] = flatten(new, axis).mH @ flatten(old, axis)
-    found = []
-    for v, delta in enumerate(deltas):
-        for edge in at.below[v]:
-            delta = along(delta, at.axis(v, edge.bond), overlaps[edge.bond])
-        if v in at.above:
+    found: dict[int, Tensor] = {}
+    turned: dict[str, Tensor] = {}  # what the deltas below a bond have in the new bases, in the old one above
+    for v in (*(edge.child for edge in reversed(at.edges)), at.root):
+        delta, inner = deltas[v], [(at.axis(v, edge.bond), edge) for edge in at.below[v]]
+        for k, edge in inner:
+            delta = along(delta, k, overlaps[edge.bond])
+        for k, edge in inner:
+            part = along(_given(before.down[edge.child]), k, turned[edge.bond])
+            for other, sibling in inner:
+                if other != k:
+                    part = along(part, other, overlaps[sibling.bond])
+            delta = delta + part
+        if v != at.root:
             bond = at.above[v].bond
-            delta = along(delta, at.axis(v, bond), above[bond])
-        found.append(delta)
-    return found
+            axis = at.axis(v, bond)
+            turned[bond] = flatten(at.up[v], axis).mH @ flatten(delta, axis)
+            delta = along(delta, axis, above[bond])
+        found[v] = delta
+    return [found[v] for v in range(len(found))]
