@@ -5,7 +5,7 @@ gradients `G V`, `U^T G V`, `G^T U` as gradients of probes (`tnlayers.window`); 
 
     U <- orth(U - lr (I - U U^T) G V S^-1),    V <- orth(V - lr (I - V V^T) G^T U S^-T),    S <- clamp(S - lr U^T G V),
 
-where orth is the sign-fixed QR and clamp puts the singular values into `[mean - delta, mean + delta]`,
+where orth is the sign-fixed QR (of the columns that belong to the new singular values) and clamp puts the singular values into `[mean - delta, mean + delta]`,
 `delta = mean (c - 1) / (c + 1)`. That S is well conditioned is what makes its inverse, here that of a diagonal,
 harmless: these equations of a curve of fixed rank are not stiff.
 """
@@ -112,8 +112,7 @@ class CondLR(Optimizer):
 
     Guarantees: cond(S) <= c from the constructor on and after every step, rounding included; bases orthonormal to 1e-5
     in float32 after any number of steps (they are factored anew in each); where no clamp acts, a step is
-    `W - lr P(W) G + O(lr^2)`; iterates depend on W alone, not on the cores that it started from, where its singular
-    values are distinct. The product of the layers' norms and conditions bounds the relative sensitivity of the model.
+    `W - lr P(W) G + O(lr^2)`; iterates depend on W alone, not on the cores that it started from. The product of the layers' norms and conditions bounds the relative sensitivity of the model.
     Cost of a step: two QRs (m x r and n x r) and an SVD (r x r) a layer, 14 (m + n) r^2 with the momentum's transport.
 
     Args:
@@ -390,11 +389,15 @@ class CondLR(Optimizer):
 
 
 def _retracted(u: Tensor, core: Tensor, v: Tensor) -> Job[Singular]:
-    """Orthonormal bases by the sign-fixed QR, whose triangles are dropped, and the core turned to a diagonal."""
-    left, _ = yield positive_qr, u
-    right, _ = yield positive_qr, v
+    """The core turned to a diagonal, the bases along with it and then to orthonormal ones.
+
+    In this order the result depends on `U S V^T` and the tangent step alone: another choice of bases turns the columns
+    that the QR sees by signs at most.
+    """
     p, sigma, qh = yield safe_svd, core
-    return left @ p, sigma, right @ qh.mT
+    left, _ = yield positive_qr, u @ p
+    right, _ = yield positive_qr, v @ qh.mT
+    return left, sigma, right
 
 
 def _largest(value: Tensor) -> Tensor:
