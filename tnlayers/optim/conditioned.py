@@ -5,9 +5,9 @@ gradients `G V`, `U^T G V`, `G^T U` as gradients of probes (`tnlayers.window`); 
 
     U <- orth(U - lr (I - U U^T) G V S^-1),    V <- orth(V - lr (I - V V^T) G^T U S^-T),    S <- clamp(S - lr U^T G V),
 
-where orth is the sign-fixed QR (of the columns that belong to the new singular values) and clamp puts the singular values into `[mean - delta, mean + delta]`,
-`delta = mean (c - 1) / (c + 1)`. That S is well conditioned is what makes its inverse, here that of a diagonal,
-harmless: these equations of a curve of fixed rank are not stiff.
+where orth is the sign-fixed QR (of the columns that belong to the new singular values) and clamp puts the singular
+values into `[mean - delta, mean + delta]`, `delta = mean (c - 1) / (c + 1)`. That S is well conditioned is what makes
+its inverse, here that of a diagonal, harmless: these equations of a curve of fixed rank are not stiff.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -112,7 +112,9 @@ class CondLR(Optimizer):
 
     Guarantees: cond(S) <= c from the constructor on and after every step, rounding included; bases orthonormal to 1e-5
     in float32 after any number of steps (they are factored anew in each); where no clamp acts, a step is
-    `W - lr P(W) G + O(lr^2)`; iterates depend on W alone, not on the cores that it started from. The product of the layers' norms and conditions bounds the relative sensitivity of the model.
+    `W - lr P(W) G + O(lr^2)`; iterates depend on W alone, not on the cores that it started from. The product of the
+    layers' conditions bounds the relative sensitivity of the model. The clamp is the authors': it acts wherever a value
+    is outside of the interval, also where cond(S) <= c already, so that W may move where the gradient is zero.
     Cost of a step: two QRs (m x r and n x r) and an SVD (r x r) a layer, 14 (m + n) r^2 with the momentum's transport.
 
     Args:
@@ -132,7 +134,7 @@ class CondLR(Optimizer):
 
     References:
         D. Savostianova, E. Zangrando, G. Ceruti, F. Tudisco, Robust low-rank training via approximate orthonormal
-        constraints, NeurIPS 2023. Momentum in the tangent space is ours.
+        constraints, NeurIPS 2023, arXiv 2306.01485. Momentum in the tangent space is ours.
 
     Example:
         >>> import torch, tnlayers

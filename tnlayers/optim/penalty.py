@@ -32,7 +32,7 @@ def condition_penalty(model: nn.Module) -> Tensor:
 
     References:
         S. Schotthoefer, H. L. Yang, S. Schnake, Dynamical low-rank compression of neural networks with robustness
-        under adversarial attacks (RobustDLRT), NeurIPS 2025.
+        under adversarial attacks (RobustDLRT), NeurIPS 2025, arXiv 2505.08022.
 
     Example:
         >>> import torch, tnlayers
