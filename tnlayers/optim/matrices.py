@@ -122,8 +122,8 @@ def clamp_condition(sigma: Tensor, condition: float) -> Tensor:
         condition: c >= 1.
 
     Example:
-        >>> clamp_condition(torch.tensor([3.0, 2.0, 1.0]), 1.5).tolist()
-        [2.4000000953674316, 2.0, 1.6000001430511475]
+        >>> [round(value, 6) for value in clamp_condition(torch.tensor([3.0, 2.0, 1.0]), 1.5).tolist()]
+        [2.4, 2.0, 1.6]
     """
     low = (2 * sigma.double().mean() / (condition + 1)).to(sigma.dtype)
     # a unit of rounding inwards, so that the quotient of the rounded ends is at most c

@@ -39,7 +39,7 @@ def condition_penalty(model: nn.Module) -> Tensor:
         >>> from decompositions import LowRank
         >>> core = torch.diag(torch.tensor([1.0, 1.0, 1.0, 3.0]))
         >>> layer = tnlayers.Linear(4, 4, network=LowRank(torch.eye(4), core, torch.eye(4)))
-        >>> round(float(tnlayers.condition_penalty(layer)), 4)  # of the squares 1, 1, 1, 9
+        >>> round(tnlayers.condition_penalty(layer).item(), 4)  # of the squares 1, 1, 1, 9
         6.9282
     """
     found = [_penalty(name, layer) for name, layer in trained(model)]
