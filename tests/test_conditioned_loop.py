@@ -344,6 +344,23 @@ def test_models_that_cannot_be_served_are_refused():
         CondLR(broken, 0.1)
 
 
+def test_layers_that_another_optimizer_has_taken_are_not_touched():
+    model = small_model()
+    first = CondLR(model, 0.05)
+    loop(model, first, range(2))
+    second = tnlayers.RankAdaptive(model, 0.01, tol=0.1)
+    x, y = batch(0)
+    F.cross_entropy(model(x), y).backward()
+    before = model[0].weight.detach().clone()
+    for call in (first.step, first.zero_grad, first.conditions):
+        with pytest.raises(ValueError, match="0 is moved by another optimizer that was made after this one"):
+            call()
+    assert torch.equal(model[0].weight, before)
+    loop(model, second, range(3))
+    loop(model, CondLR(model, 0.05), range(3, 5))
+    assert max(CondLR(model, 0.05).conditions().values()) <= 1.5
+
+
 def test_further_parameters_go_to_the_inner_optimizer():
     model = small_model()
     optimizer = CondLR(model, 0.05)

@@ -51,6 +51,7 @@ class _Matrix:
     layers: list[NetworkLayer]
     at: Middle
     moment: list[Tensor] = field(default_factory=list)
+    opened: Window | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +87,8 @@ class _Matrix:
         if old is not None and self.moment:
             carried = center_gradients(gauges, Tangent(old.at, tuple(self.moment)))  # its projection onto the new space
             self.moment = list(gauge_fix(gauges, carried, twice=False).deltas)
-        self.layer.open_window(Window(gauges))
+        self.opened = Window(gauges)
+        self.layer.open_window(self.opened)
         for twin in self.layers[1:]:
             twin.open_window(self.window, self.layer.probes)
 
@@ -112,10 +114,10 @@ class CondLR(Optimizer):
 
     Guarantees: cond(S) <= c from the constructor on and after every step, rounding included; bases orthonormal to 1e-5
     in float32 after any number of steps (they are factored anew in each); where no clamp acts, a step is
-    `W - lr P(W) G + O(lr^2)`; iterates depend on W alone, not on the cores that it started from. The product of the
-    layers' conditions bounds the relative sensitivity of the model. The clamp is the authors': it acts wherever a value
-    is outside of the interval, also where cond(S) <= c already, so that W may move where the gradient is zero.
-    Cost of a step: two QRs (m x r and n x r) and an SVD (r x r) a layer, 14 (m + n) r^2 with the momentum's transport.
+    `W - lr P(W) G + O(lr^2)`; iterates depend on W alone, not on the cores that it started from. The clamp is the
+    authors': it acts wherever a value is outside of the interval, also where cond(S) <= c already, so that W may move
+    where the gradient is zero. By the product of the layers' conditions the paper bounds the sensitivity of a model.
+    Cost of a step: two QRs (m x r and n x r) and an SVD (r x r) a layer, O((m + n) r^2 + r^3).
 
     Args:
         model: its layers are found. Layers with frozen cores or that are no trees are left to the inner optimizer.
@@ -153,11 +155,11 @@ class CondLR(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: int | float,
         *,
-        condition: float = 1.5,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
+        condition: int | float = 1.5,
+        momentum: int | float = 0.0,
+        weight_decay: int | float = 0.0,
         inner: Inner | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -221,7 +223,17 @@ class CondLR(Optimizer):
             track.install(point)
 
     def _reopen(self) -> list[_Matrix]:
-        """Take weights that somebody has replaced; which these were."""
+        """Take weights that somebody has replaced; which these were.
+
+        Raises:
+            ValueError: another optimizer has opened windows in our layers.
+        """
+        for track in self._tracks:
+            if track.layer._window not in (None, track.opened):
+                raise ValueError(
+                    f"CondLR: {track.name} is moved by another optimizer that was made after this one, expected one "
+                    "optimizer a layer; make this one anew to go on with it"
+                )
         closed = [track for track in self._tracks if track.layer._window is None]
         if closed:
             self._open(closed)
@@ -407,7 +419,7 @@ def _largest(value: Tensor) -> Tensor:
     return value.abs().max().double() if value.numel() else value.new_zeros((), dtype=torch.float64)
 
 
-def _check_options(lr: float, condition: float, momentum: float, weight_decay: float) -> None:
+def _check_options(lr: Any, condition: Any, momentum: Any, weight_decay: Any) -> None:
     """Refuse options that make no sense, by name."""
 
     def number(value: Any, least: float, below: float = float("inf")) -> bool:

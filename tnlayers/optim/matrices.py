@@ -112,7 +112,7 @@ def singular_form(u: Tensor, s: Tensor, v: Tensor) -> Job[tuple[Tensor, Tensor, 
     return left @ p, sigma, right @ qh.mT
 
 
-def clamp_condition(sigma: Tensor, condition: float) -> Tensor:
+def clamp_condition(sigma: Tensor, condition: int | float) -> Tensor:
     """Clamp singular values into [mean - delta, mean + delta], `delta = mean (c - 1) / (c + 1)`.
 
     Guarantee: the largest is at most c times the smallest, rounding included; c = 1 makes them equal.
