@@ -165,6 +165,21 @@ def test_autocast_trains_in_low_precision_with_bases_in_single():
     assert max(optimizer.conditions().values()) <= 1.5
 
 
+def test_a_step_inside_autocast_is_made_in_full_precision():
+    found = []
+    for enabled in (False, True):
+        model = small_model()
+        optimizer = CondLR(model, 0.3, momentum=0.5)
+        for k in range(3):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        found.append(model[0].weight.detach())
+    assert torch.equal(found[0], found[1])
+
+
 def test_a_layer_without_gradient_stays_and_frozen_ones_are_left_alone():
     model = nn.ModuleDict({"used": small_model()[0], "idle": small_model()[0], "frozen": small_model()[0]})
     for core in model["frozen"].cores:
@@ -263,7 +278,12 @@ def test_steps_to_zero_or_infinity_are_refused_before_anything_moves():
             p.grad.fill_(1e38)
         group.update(lr=1e3)
 
-    for spoil, text in ((vanish, "3"), (explode, "0")):
+    def explode_in_the_norm(model, group):
+        for p in model[3].probes:
+            p.grad.fill_(3e37)
+        group.update(lr=10.0)
+
+    for spoil, text in ((vanish, "3"), (explode, "0"), (explode_in_the_norm, "3")):
         model = small_model()
         optimizer = CondLR(model, 0.05, momentum=0.9)
         loop(model, optimizer, range(2))

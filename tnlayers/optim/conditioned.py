@@ -287,16 +287,17 @@ class CondLR(Optimizer):
             if not any(track is other for other in reopened) and any(g is not None for g in track.found)
         ]
         before = [track.moment for track in moving]
-        try:
-            points = self._points(moving, group["lr"], group["momentum"], group["weight_decay"])
-        except BaseException:
-            for track, moment in zip(moving, before, strict=True):
-                track.moment = moment
-            raise
-        for track, point in zip(moving, points, strict=True):
-            if not group["momentum"]:
-                track.moment = []
-            track.install(point)
+        with torch.autocast(self._tracks[0].layer.cores[0].device.type, enabled=False):
+            try:
+                points = self._points(moving, group["lr"], group["momentum"], group["weight_decay"])
+            except BaseException:
+                for track, moment in zip(moving, before, strict=True):
+                    track.moment = moment
+                raise
+            for track, point in zip(moving, points, strict=True):
+                if not group["momentum"]:
+                    track.moment = []
+                track.install(point)
         if self.inner is not None:
             self.inner.step()
         self.steps += 1
@@ -307,7 +308,7 @@ class CondLR(Optimizer):
         moves = [self._move(track, lr, momentum, decay) for track in moving]
         self._check(moving, [part for move in moves for part in move], parts=3)
         points = self._run([self._clamped(_retracted(*move)) for move in moves])
-        self._check(moving, [1 / sigma.min() for _, sigma, _ in points], parts=1)
+        self._check(moving, [part for u, sigma, v in points for part in (u, sigma, 1 / sigma, v)], parts=4)
         return points
 
     def _move(self, track: _Matrix, lr: float, momentum: float, decay: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -331,7 +332,7 @@ class CondLR(Optimizer):
         """Refuse gradients that are not finite, those of the inner optimizer too, before anything moves."""
         found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         values = [g.coalesce().values() if g.is_sparse else g for g in found]
-        if values and not bool(torch.stack([_largest(g) for g in values]).isfinite().all()):
+        if values and not bool(_finite(values).all()):
             bad = [t.name for t in self._tracks if not all(bool(g.isfinite().all()) for g in t.found if g is not None)]
             raise ValueError(
                 f"CondLR: gradients must be finite, got NaN or infinity in {bad[0] if bad else 'other parameters'} at "
@@ -342,7 +343,7 @@ class CondLR(Optimizer):
         """Refuse a step to weights that are zero or not finite."""
         if not values:
             return
-        finite = torch.stack([_largest(value) for value in values]).isfinite()
+        finite = _finite(values)
         if not bool(finite.all()):
             worst = moving[int((~finite).nonzero()[0]) // parts]
             raise ValueError(
@@ -414,9 +415,10 @@ def _retracted(u: Tensor, core: Tensor, v: Tensor) -> Job[Singular]:
     return left, sigma, right
 
 
-def _largest(value: Tensor) -> Tensor:
-    """Largest magnitude, in float64; NaN and infinity come through, nothing overflows."""
-    return value.abs().max().double() if value.numel() else value.new_zeros((), dtype=torch.float64)
+def _finite(values: Sequence[Tensor]) -> Tensor:
+    """Whether all entries of each are finite, by the largest magnitude: nothing overflows, NaN comes through."""
+    found = [v.abs().max().double() if v.numel() else v.new_zeros((), dtype=torch.float64) for v in values]
+    return torch.stack([one.to(found[0].device) for one in found]).isfinite()
 
 
 def _check_options(lr: Any, condition: Any, momentum: Any, weight_decay: Any) -> None:
