@@ -264,8 +264,8 @@ def main() -> None:
         f"Learning rate of every arm the best of five ({', '.join(f'{lr:g}' for lr in ADAM)}; of SGD and CondLR "
         f"{', '.join(f'{lr:g}' for lr in SGD)}) by clean accuracy on 10,000 held-out training images after an epoch of "
         "20,000.",
-        "cond: largest condition number of a core between orthonormal bases, over layers and seeds. The penalty is a norm "
-        "and not its square, so that a beta above the size of the gradient makes all singular values equal.",
+        "cond: largest condition number of a core between orthonormal bases, over layers and seeds. The penalty is a "
+        "norm and not its square, so that a beta above the size of the gradient makes all singular values equal.",
     ]
     name = "conditioning" + ("_full" if arguments.full else "")
     publish(

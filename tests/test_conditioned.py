@@ -102,6 +102,7 @@ def test_unequal_and_excessive_ranks_become_one_that_the_matrix_has():
     assert layer.network.ranks == (3, 3)
 
 
+@pytest.mark.slow
 def test_bases_stay_orthonormal_in_single_precision():
     torch.manual_seed(0)
     layer = linear(14, 18, 4, torch.float32)
