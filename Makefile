@@ -10,7 +10,7 @@ BENCHPY = $(if $(wildcard $(BENCH)/.installed),$(BENCH)/bin/python,$(BIN)/python
 FULL ?=
 
 .PHONY: demo test lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
-  bench-decompositions bench-formats bench-integrators bench-rank-adaptive bench-cifar bench-gpu
+  bench-decompositions bench-formats bench-integrators bench-rank-adaptive bench-cifar bench-conditioning bench-gpu
 
 help:
 	@echo "make demo         digits: dense, tensorized, tensor-from-scratch and rank-adaptive nets; table, figures, a page in runs/"
@@ -20,7 +20,7 @@ help:
 	@echo "make bench-import what import tnlayers adds to import torch"
 	@echo "make bench-env    an environment with the peers (tensorly-torch, tntorch, ...), for the next ones"
 	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-formats, bench-integrators, bench-plans,"
-	@echo "  bench-rank-adaptive, bench-cifar, bench-gpu   tables into benchmarks/results"
+	@echo "  bench-rank-adaptive, bench-cifar, bench-conditioning, bench-gpu   tables into benchmarks/results"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,7 +57,7 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 
 bench-env: $(BENCH)/.installed
 
-bench-layers bench-convolutions bench-formats bench-riemannian bench-integrators bench-plans bench-gpu: bench-%: $(STAMP)
+bench-layers bench-convolutions bench-formats bench-riemannian bench-integrators bench-plans bench-conditioning bench-gpu: bench-%: $(STAMP)
 	$(BENCHPY) benchmarks/$*.py $(FULL)
 
 bench-rank-adaptive: $(STAMP)

@@ -24,11 +24,13 @@ from tnlayers.freeze import thaw as thaw
 from tnlayers.init import random_network as random_network
 from tnlayers.layer import NetworkLayer as NetworkLayer
 from tnlayers.linear import Linear as Linear
+from tnlayers.optim import CondLR as CondLR
 from tnlayers.optim import RankAdaptive as RankAdaptive
 from tnlayers.optim import RankLimitWarning as RankLimitWarning
 from tnlayers.optim import RiemannianAdam as RiemannianAdam
 from tnlayers.optim import RiemannianSGD as RiemannianSGD
 from tnlayers.optim import compact as compact
+from tnlayers.optim import condition_penalty as condition_penalty
 from tnlayers.optim import geoopt_manifold as geoopt_manifold
 from tnlayers.parametrize import NetworkWeight as NetworkWeight
 from tnlayers.rank_change import RankChangeWarning as RankChangeWarning

@@ -2,8 +2,10 @@
 
 from tnlayers.optim.callbacks import lightning_callback as lightning_callback
 from tnlayers.optim.callbacks import trainer_callback as trainer_callback
+from tnlayers.optim.conditioned import CondLR as CondLR
 from tnlayers.optim.manifolds import geoopt_manifold as geoopt_manifold
 from tnlayers.optim.models import compact as compact
+from tnlayers.optim.penalty import condition_penalty as condition_penalty
 from tnlayers.optim.rank_adaptive import RankAdaptive as RankAdaptive
 from tnlayers.optim.rank_adaptive import RankLimitWarning as RankLimitWarning
 from tnlayers.optim.riemannian import RiemannianAdam as RiemannianAdam
