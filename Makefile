@@ -10,7 +10,7 @@ BENCHPY = $(if $(wildcard $(BENCH)/.installed),$(BENCH)/bin/python,$(BIN)/python
 FULL ?=
 
 .PHONY: demo test lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
-  bench-decompositions bench-formats bench-integrators bench-rank-adaptive bench-cifar bench-conditioning bench-gpu
+  bench-decompositions bench-formats bench-riemannian bench-integrators bench-rank-adaptive bench-cifar bench-conditioning bench-gpu
 
 help:
 	@echo "make demo         digits: dense, tensorized, tensor-from-scratch and rank-adaptive nets; table, figures, a page in runs/"

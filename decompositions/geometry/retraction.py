@@ -281,7 +281,8 @@ def follow(
     found: dict[int, Tensor] = {}
     turned: dict[str, Tensor] = {}  # what the deltas below a bond have in the new bases, in the old one above
     for v in (*(edge.child for edge in reversed(at.edges)), at.root):
-        delta, inner = deltas[v], [(at.axis(v, edge.bond), edge) for edge in at.below[v]]
+        delta = deltas[v]
+        inner = [(at.axis(v, edge.bond), edge) for edge in at.below[v]]
         for k, edge in inner:
             delta = along(delta, k, overlaps[edge.bond])
         for k, edge in inner:
