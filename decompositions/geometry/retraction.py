@@ -287,9 +287,9 @@ def follow(
             delta = along(delta, k, overlaps[edge.bond])
         for k, edge in inner:
             part = along(_given(before.down[edge.child]), k, turned[edge.bond])
-            for other, sibling in inner:
-                if other != k:
-                    part = along(part, other, overlaps[sibling.bond])
+            for j, sibling in inner:
+                if j != k:
+                    part = along(part, j, overlaps[sibling.bond])
             delta = delta + part
         if v != at.root:
             bond = at.above[v].bond
