@@ -3,5 +3,5 @@
 from tnlayers.optim.callbacks import lightning_callback as lightning_callback
 from tnlayers.optim.callbacks import trainer_callback as trainer_callback
 from tnlayers.optim.models import compact as compact
+from tnlayers.optim.options import RankLimitWarning as RankLimitWarning
 from tnlayers.optim.rank_adaptive import RankAdaptive as RankAdaptive
-from tnlayers.optim.rank_adaptive import RankLimitWarning as RankLimitWarning

@@ -4,6 +4,10 @@ from math import isfinite
 from typing import Any
 
 
+class RankLimitWarning(UserWarning):
+    """Ranks cannot grow, and the message says why and what to do."""
+
+
 def check_options(
     lr: float,
     tol: float | None,
