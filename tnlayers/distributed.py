@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tnlayers.frozen import release
 from tnlayers.layer import NetworkLayer
 from tnlayers.rank_change import announce, resize_
-from tnlayers.reduction import Reduction, groups
+from tnlayers.reduction import Reduction, broadcast, groups
 from tnlayers.surgery import network_layers
 from tnlayers.training_state import is_sharded
 from tnlayers.training_state import load_state as load_state
@@ -24,7 +24,7 @@ from tnlayers.training_state import save_state as save_state
 class Replica(nn.Module):
     """What `prepare` returns for a model of tensor layers only, in place of DDP, which has nothing to reduce there.
 
-    Buffers (of norms without parameters) are those of worker 0 at every forward in training, as DDP does it.
+    Buffers (of norms without parameters) become those of worker 0 at the end of every reduced backward.
 
     Args:
         module: the model.
@@ -44,8 +44,6 @@ class Replica(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        if self.training and torch.is_grad_enabled() and not self.reduction._off and self.reduction.group is not None:
-            _broadcast(self.module.buffers(), self.reduction.group)
         return self.module(*args, **kwargs)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -111,7 +109,7 @@ def prepare(
     torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     everything = engine == "fsdp" or (engine == "ddp" and not rest)
     for module in [model] if everything else layers:
-        _broadcast([*module.parameters(), *module.buffers()], group)
+        broadcast([*module.parameters(), *module.buffers()], group)
 
     reduction = Reduction(model, group)
     reduction.install(model)
@@ -122,6 +120,163 @@ def prepare(
         reduction.wanted = lambda: made.require_backward_grad_sync
     elif engine == "ddp":
         made = Replica(model, reduction)
+        reduction.buffers = partial(_buffers, model) if options.get("broadcast_buffers", True) else tuple
+    elif engine == "fsdp" and rest:
+        from torch.distributed.fsdp import fully_shard
+
+        for module in [*blocks, model]:
+            fully_shard(module, ignored_params={p for layer in layers for p in layer.cores}, **options)
+        reduction.switch = made.set_requires_gradient_sync
+        reduction.wanted = lambda: True
+    made.reduction = reduction
+    return made
+
+
+def _check(model: nn.Module, engine: str | None, options: dict[str, Any]) -> list[NetworkLayer]:
+    """The layers of a model that can be prepared."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
+    if engine not in ("ddp", "fsdp", None):
+        raise ValueError(f"prepare: engine must be 'ddp', 'fsdp' or None, got {engine!r}")
+    if engine is None and options:
+        raise ValueError(f"prepare: without an engine there are no options, got {sorted(options)}")
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise ValueError(
+            "prepare: expected a process group, got none; call torch.distributed.init_process_group first, "
+            "in a script launched with torchrun"
+        )
+    layers = [layer for _, layer in network_layers(model)]
+    if any(layer._window is not None for layer in layers):
+        raise ValueError(
+            "prepare: expected a model without optimizer of ours, got one whose layers are in training already; "
+            "prepare first, then make the optimizer"
+        )
+    if any(layer in groups for layer in layers):
+        raise ValueError("prepare: expected a model that was not prepared before, got one that was; use what that gave")
+    if getattr(options.get("mp_policy"), "param_dtype", None) is not None:
+        raise ValueError(
+            f"prepare: mp_policy.param_dtype must be None, got {options['mp_policy'].param_dtype}: inputs would be "
+            "cast, cores would not; use torch.autocast in the loop"
+        )
+    return layers
+
+
+def _take_ranks(layers: list[NetworkLayer], group: Any) -> None:
+    """Give the cores the sizes that they have on worker 0; the numbers come afterwards.
+
+    Raises:
+        ValueError: on all workers, where any has other layers than worker 0.
+    """
+    import torch.distributed as dist
+
+    described = [
+        (type(layer).__name__, layer.weight_shape, str(layer._structure), str(layer.cores[0].dtype), layer._row_modes)
+        for layer in layers
+    ]
+    box: list[Any] = [described, [[tuple(core.shape) for core in layer.cores] for layer in layers]]
+    dist.broadcast_object_list(box, group_src=0, group=group)
+    same = torch.tensor(float(described == box[0]), device=_device(layers))
+    dist.all_reduce(same, dist.ReduceOp.MIN, group=group)
+    if not same:
+        got = "the same here but others elsewhere" if described == box[0] else f"{len(described)} that differ"
+        raise ValueError(
+            "prepare: all workers must have the same layers (only ranks may differ), expected the "
+            f"{len(box[0])} of worker 0, got {got}"
+        )
+    for layer, shapes in zip(layers, box[1], strict=True):
+        release(layer)
+        if shapes != [tuple(core.shape) for core in layer.cores]:
+            for core, shape in zip(layer.cores, shapes, strict=True):
+                resize_(core, core.new_zeros(shape))
+            layer._replan()
+            announce(layer, list(layer.cores), resized=True)
+
+
+def _device(layers: list[NetworkLayer]) -> torch.device:
+    return layers[0].cores[0].device if layers else torch.get_default_device()
+
+
+def _buffers(model: nn.Module) -> list[Tensor]:
+    """Buffers that change in training: tensor layers have none of these."""
+    others = (module for module in model.modules() if not isinstance(module, NetworkLayer))
+    return [buffer for module in others for buffer in module._buffers.values() if buffer is not None]
+
+
+def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients without reduction."""
+        return self.reduction.no_sync()
+
+
+def prepare(
+    model: nn.Module,
+    engine: str | None = "ddp",
+    *,
+    process_group: Any = None,
+    blocks: Iterable[nn.Module] = (),
+    **options: Any,
+) -> Any:
+    """Make a model ready to be trained on several workers, before its optimizer is made; every worker calls it.
+
+    The tensor layers of worker 0, ranks included, are copied to all. From then on the gradients of cores and probes are
+    averaged at the end of every backward (see `tnlayers.reduction.Reduction`), which leaves them as one process would
+    have them that had seen all batches: clipping, loss scaling and optimizers of any kind need nothing special.
+    `RankAdaptive` decides ranks and bases on worker 0: cores are the same bits everywhere.
+
+    What is returned has the attribute `reduction` (`bytes` of the last backward; `synchronize()` for a worker that ran
+    none) and `no_sync` for accumulation, see `tnlayers.distributed.no_sync`. A backward through the outputs by
+    `torch.autograd.grad` is reduced too; all workers must make it, or use `no_sync`.
+
+    Args:
+        model: on its device; replaced layers or another model need another call.
+        engine: who reduces the other parameters. "ddp": `DistributedDataParallel`, or a thin wrapper of the same
+            surface (`.module`, `.no_sync`) where tensor layers are all there is; "fsdp": torch's `fully_shard`, in
+            place, cores and probes whole on every worker; None: the caller, who wraps the model himself (cores are
+            marked so that DDP ignores them).
+        process_group: of the workers; all by default.
+        blocks: "fsdp": modules to shard one by one before the model.
+        options: of the engine.
+
+    Returns:
+        The model to call: wrapped ("ddp"), or the model itself.
+
+    Raises:
+        ValueError: no process group; an unknown engine; an optimizer of ours was made before; prepared already; another
+            model than that of worker 0; reduced precision by `mp_policy`, which would cast inputs but no cores.
+        TypeError: not a module.
+
+    Example:
+        >>> import tempfile, torch, tnlayers
+        >>> from decompositions import LowRank
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=0, world_size=1)
+        ...     layer = tnlayers.Linear(8, 6, False, network=tnlayers.random_network(LowRank, rank=2))
+        ...     model = prepare(layer)
+        ...     model(torch.ones(3, 8)).sum().backward()
+        ...     torch.distributed.destroy_process_group()
+        >>> model.reduction.bytes == 4 * (2 * 6 + 2 * 2 + 2 * 8 + 3)
+        True
+    """
+    layers = _check(model, engine, options)
+    group = torch.distributed.group.WORLD if process_group is None else process_group
+    _take_ranks(layers, group)
+    held = {id(p) for layer in layers for p in layer.cores}
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in held]
+    rest = [p for p in model.parameters() if id(p) not in held and p.requires_grad]
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    everything = engine == "fsdp" or (engine == "ddp" and not rest)
+    for module in [model] if everything else layers:
+        broadcast([*module.parameters(), *module.buffers()], group)
+
+    reduction = Reduction(model, group)
+    reduction.install(model)
+    made: Any = model
+    if engine == "ddp" and rest:
+        made = torch.nn.parallel.DistributedDataParallel(model, process_group=process_group, **options)
+        reduction.switch = partial(setattr, made, "require_backward_grad_sync")
+        reduction.wanted = lambda: made.require_backward_grad_sync
+    elif engine == "ddp":
+        made = Replica(model, reduction)
+        reduction.buffers = partial(_buffers, model) if options.get("broadcast_buffers", True) else tuple
     elif engine == "fsdp" and rest:
         from torch.distributed.fsdp import fully_shard
 

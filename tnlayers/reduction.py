@@ -1,6 +1,6 @@
 """Gradients of cores and probes averaged over workers, during backward: one flat bucket for each dtype and device."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
@@ -58,6 +58,7 @@ class Reduction:
         modules = () if model is None else model.modules()
         self.layers = [module for module in modules if isinstance(module, NetworkLayer)]
         self.group, self.switch, self.wanted = group, switch, wanted
+        self.buffers: Callable[[], Iterable[Tensor]] = tuple  # that every reduction takes from worker 0
         self._off, self._queued = False, False
         self._hooked = WeakTensorKeyDictionary()
 
@@ -130,6 +131,7 @@ class Reduction:
             _unflatten(members, flat)
         self.bytes = sum(flat.numel() * flat.itemsize for flat in flats)
         self.count += 1
+        broadcast(self.buffers(), self.group)
 
     def synchronize(self) -> None:
         """Take part in the reduction that the other workers' backward makes, for a worker that ran none.
@@ -156,6 +158,23 @@ class Reduction:
             self._off = before
             if self.switch is not None:
                 self.switch(not before)
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor], group: Any) -> None:
+    """Copy tensors from worker 0 to all.
+
+    Args:
+        tensors: of the same shapes on all workers.
+        group: process group.
+    """
+    import torch.distributed as dist
+
+    for tensor in tensors:
+        sent = tensor.detach().contiguous()
+        dist.broadcast(sent, group_src=0, group=group)
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.copy_(sent)
 
 
 def _flatten(members: Sequence[Tensor]) -> Tensor:
