@@ -1,6 +1,7 @@
 """Several workers train as one: gradients reduced during backward, ranks decided once, states that travel."""
 
 import copy
+import itertools
 import os
 import re
 import subprocess
@@ -57,7 +58,7 @@ def test_cores_are_the_same_bits_after_every_step(workers, tmp_path):
     results = launch(changing_ranks, workers, tmp_path, 200)
     assert all_equal([result["seen"] for result in results])
     sizes = results[0]["sizes"]
-    assert sum(a != b for a, b in zip(sizes, sizes[1:], strict=False)) >= 10
+    assert sum(a != b for a, b in itertools.pairwise(sizes)) >= 10
     assert len(set(results[0]["seen"])) == 201
     for sent, of_probes in results[0]["loads"]:  # one number more a Parameter: whether it has a gradient
         assert sent == of_probes
@@ -93,7 +94,11 @@ def disagreeing(worker, every, method):
             optimizer.step(closure)
         seen.append(digest(cores_of(net)))
     optimizer.settle()
-    return {"seen": [*seen, digest(cores_of(net))], "ranks": repr(optimizer.ranks()), "history": repr(optimizer.history)}
+    return {
+        "seen": [*seen, digest(cores_of(net))],
+        "ranks": repr(optimizer.ranks()),
+        "history": repr(optimizer.history),
+    }
 
 
 @pytest.mark.parametrize(("every", "method"), [(1, "parallel"), (3, "parallel"), (1, "augmented")])
@@ -378,8 +383,8 @@ def continued(worker, folder, engine):
     net = small_net(torch.float64, seed=2)
     model = net if worker is None else prepare(net, engine)
     optimizer = RankAdaptive(net, lr=0.02, tol=0.1)
-    step = load_state(folder / "ddp.pt", model, optimizer)["step"]
-    for step in range(step, step + 5):
+    first = load_state(folder / "ddp.pt", model, optimizer)["step"]
+    for step in range(first, first + 5):
         x, y = batch(step, dtype=torch.float64)
         if worker is not None:
             x, y = part(x, worker), part(y, worker)
@@ -453,8 +458,63 @@ def checkpointed_by_torch(worker, folder):
     set_model_state_dict(again, state["model"])
     set_optimizer_state_dict(again, other, state["optimizer"])
     assert train(again, other, range(3, 5)) == wanted
+    ours = RankAdaptive(again, lr=0.01)
+    again.zero_grad()
+    with pytest.raises(ValueError, match=r"tnlayers\.distributed\.save_state writes it"):
+        get_optimizer_state_dict(again, ours)
+    assert ours.steps == 0
     return wanted[0]
 
 
 def test_torchs_own_checkpoints_of_the_mixture(tmp_path):
     assert all_equal(launch(checkpointed_by_torch, 2, tmp_path, tmp_path))
+
+
+# --- torchrun ---
+
+DIES_ONCE = """
+import os, signal, sys, warnings
+sys.path.insert(0, sys.argv[1])
+import ddp_training
+made = ddp_training.data
+
+def data(count, step):
+    if step == int(sys.argv[2]) and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(count, step)
+
+ddp_training.data = data
+ddp_training.main(quick=True, folder=sys.argv[3])
+"""
+
+
+def torchrun(folder, *arguments, workers=2):
+    """What it prints, its messages, and its exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, check=False)
+    return done.stdout, done.stderr, done.returncode
+
+
+def said(printed):
+    """Accuracy and ranks."""
+    found = re.search(r"accuracy (.*) %, ranks ({[^}]*})", printed)
+    return float(found[1]), found[2]
+
+
+def test_the_example_under_torchrun_goes_on_after_a_kill(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(DIES_ONCE)
+    run = [str(script), str(ROOT / "examples")]
+    killed, messages, code = torchrun(tmp_path, *run, "45", str(tmp_path))
+    assert code == 1
+    assert "Signal 9 (SIGKILL)" in messages
+    assert (tmp_path / "ddp_training.pt").exists()
+    whole, _, code = torchrun(tmp_path, "--max-restarts=1", *run, "50", str(tmp_path))
+    assert code == 0
+    assert whole.count("goes on after step 40") == 2  # after the first job, and after the kill at step 50
+    assert not killed
+    alone, _, code = torchrun(tmp_path, *run, "-1", str(tmp_path), workers=1)
+    assert code == 0
+    assert said(alone)[0] == pytest.approx(said(whole)[0], abs=0.5)  # float32: sums in another order
+    assert said(alone)[1] == said(whole)[1]

@@ -30,7 +30,7 @@ from tnlayers.integrators.steps import Truncate
 from tnlayers.optim.agreement import agree
 from tnlayers.optim.growth import widening
 from tnlayers.optim.models import centers, sizes_of, trees
-from tnlayers.optim.options import RankLimitWarning, check_options
+from tnlayers.optim.options import KeptElsewhere, RankLimitWarning, check_options
 from tnlayers.optim.ranks import Ranks, check_budget, within_budget
 from tnlayers.optim.together import Gradients, step_together
 from tnlayers.optim.track import Track
@@ -180,6 +180,7 @@ class RankAdaptive(Optimizer):
         )
         self.inner = make(others) if others else None
         super().__init__(mine, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self.state = KeptElsewhere(dict)
         if self.inner is not None:
             self.param_groups.extend(self.inner.param_groups)
 
