@@ -1,6 +1,7 @@
 """Train on several workers at ranks that the training finds; go on where a killed job stopped.
 
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/ddp_training.py
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else torch 2.13 may hand restarted workers the addresses of dead ones
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/ddp_training.py
 
 Two lines are new against one process: `prepare`, and the worker's share of the batch. Loss and ranks are those of
 one process with the same batches, up to rounding (run it plainly: `python examples/ddp_training.py`). The state is

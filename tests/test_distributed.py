@@ -1,11 +1,7 @@
-"""Several workers train as one: gradients reduced during backward, ranks decided once, states that travel."""
+"""Several workers train as one: gradients reduced during backward, ranks decided once."""
 
 import copy
 import itertools
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
-from workers import batch, cores_of, digest, launch, part, small_net
+from workers import all_equal, batch, cores_of, digest, launch, part, small_net
 
 import tnlayers
 from decompositions import LowRank, TTMatrix
 from tnlayers import RankAdaptive
-from tnlayers.distributed import clip_grad_norm_, load_state, no_sync, param_groups, prepare, save_state
+from tnlayers.distributed import no_sync, prepare
 
 pytestmark = [
     pytest.mark.dist,
@@ -27,10 +23,6 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).parents[1]
-
-
-def all_equal(values) -> bool:
-    return all(value == values[0] for value in values)
 
 
 # --- the same bits everywhere, while ranks change ---
@@ -337,184 +329,3 @@ def test_tied_layers_under_checkpointing(reentrant, tmp_path):
     results = launch(tied, 2, tmp_path, reentrant)
     assert all_equal(results)
     assert results[0]["count"] == 8
-
-
-# --- FSDP ---
-
-
-def sharded(worker, folder):
-    """The mixture: cores and probes whole, the rest sharded; against DDP with the same batches."""
-    seen = {}
-    for engine in ("ddp", "fsdp"):
-        net = small_net(torch.float64, seed=1)
-        blocks = {"blocks": [net[-1]]} if engine == "fsdp" else {}
-        model = prepare(net, engine, **blocks)
-        kinds = {type(p).__name__ for p in net.parameters()}
-        assert kinds == ({"Parameter"} if engine == "ddp" else {"Parameter", "DTensor"})
-        cores = len(cores_of(net))  # beside them biases of the three layers, and the head
-        wanted = [cores + 5] if engine == "ddp" else [cores, 5]
-        assert [len(group["params"]) for group in param_groups(net)] == wanted
-        optimizer = RankAdaptive(net, lr=0.02, tol=0.1)
-        norms, digests = [], []
-        for step in range(12):
-            x, y = batch(step, dtype=torch.float64)
-            optimizer.zero_grad()
-            if step == 5:
-                with no_sync(model):
-                    mse_loss(model(part(x, worker)), part(y, worker)).backward()
-            mse_loss(model(part(x, worker)), part(y, worker)).backward()
-            norms.append(float(clip_grad_norm_(net.parameters(), 0.5)))
-            optimizer.step()
-            digests.append(digest(cores_of(net)))
-        save_state(folder / f"{engine}.pt", model, optimizer, step=12)
-        weights = [layer.weight.detach().clone() for _, layer in tnlayers.surgery.network_layers(net)]
-        head = net[-1].weight.detach()
-        seen[engine] = {
-            "norms": norms, "digests": digests, "ranks": repr(optimizer.ranks()),
-            "weights": [*weights, head.full_tensor() if engine == "fsdp" else head],
-        }  # fmt: skip
-    with pytest.raises(ValueError, match="DDP and FSDP wait for a backward"):
-        model.reduction.synchronize()
-    return seen
-
-
-def continued(worker, folder, engine):
-    """Go on from a file on another number of workers, or another engine; worker None is one process."""
-    net = small_net(torch.float64, seed=2)
-    model = net if worker is None else prepare(net, engine)
-    optimizer = RankAdaptive(net, lr=0.02, tol=0.1)
-    first = load_state(folder / "ddp.pt", model, optimizer)["step"]
-    for step in range(first, first + 5):
-        x, y = batch(step, dtype=torch.float64)
-        if worker is not None:
-            x, y = part(x, worker), part(y, worker)
-        optimizer.zero_grad()
-        mse_loss(model(x), y).backward()
-        optimizer.step()
-    return {"weights": [layer.weight.detach().clone() for _, layer in tnlayers.surgery.network_layers(net)]}
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """The folder with the states of both engines, and what the workers saw."""
-    folder = tmp_path_factory.mktemp("engines")
-    return folder, launch(sharded, 2, folder, folder)
-
-
-def test_fsdp_is_ddp(both):
-    folder, results = both
-    for engine in ("ddp", "fsdp"):
-        assert all_equal([result[engine]["digests"] for result in results])
-    for result in results:
-        one, two = result["ddp"], result["fsdp"]
-        assert one["ranks"] == two["ranks"]
-        torch.testing.assert_close(one["norms"], two["norms"], rtol=1e-8, atol=0)
-        torch.testing.assert_close(one["weights"], two["weights"], rtol=1e-8, atol=1e-10)
-    saved = [torch.load(folder / f"{engine}.pt", weights_only=True) for engine in ("ddp", "fsdp")]
-    for a, b in zip(*map(torch.utils._pytree.tree_leaves, saved), strict=True):  # alike, whoever sharded
-        if isinstance(a, torch.Tensor) and a.is_floating_point():
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize(("workers", "engine"), [(4, "ddp"), (2, "fsdp")])
-def test_a_state_goes_on_elsewhere(workers, engine, both, tmp_path):
-    folder, _ = both
-    alone = continued(None, folder, None)["weights"]
-    for result in launch(continued, workers, tmp_path, folder, engine):
-        torch.testing.assert_close(result["weights"], alone, rtol=1e-7, atol=1e-9)
-
-
-def checkpointed_by_torch(worker, folder):
-    """`torch.distributed.checkpoint` of the mixture: weights, and an ordinary optimizer's state."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    def start(seed):
-        net = small_net(torch.float64, seed=seed)
-        model = prepare(net, "fsdp")
-        return model, torch.optim.AdamW(param_groups(model), lr=0.01)
-
-    def train(model, optimizer, steps):
-        for step in steps:
-            x, y = batch(step, dtype=torch.float64)
-            optimizer.zero_grad()
-            mse_loss(model(part(x, worker)), part(y, worker)).backward()
-            optimizer.step()
-        return digest(cores_of(model)), digest(p.to_local() for p in model[-1].parameters())
-
-    model, optimizer = start(1)
-    train(model, optimizer, range(3))
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder / "dcp")
-    wanted = train(model, optimizer, range(3, 5))
-    again, other = start(2)
-    state = {"model": get_model_state_dict(again), "optimizer": get_optimizer_state_dict(again, other)}
-    dcp.load(state, checkpoint_id=folder / "dcp")
-    set_model_state_dict(again, state["model"])
-    set_optimizer_state_dict(again, other, state["optimizer"])
-    assert train(again, other, range(3, 5)) == wanted
-    ours = RankAdaptive(again, lr=0.01)
-    again.zero_grad()
-    with pytest.raises(ValueError, match=r"tnlayers\.distributed\.save_state writes it"):
-        get_optimizer_state_dict(again, ours)
-    assert ours.steps == 0
-    return wanted[0]
-
-
-def test_torchs_own_checkpoints_of_the_mixture(tmp_path):
-    assert all_equal(launch(checkpointed_by_torch, 2, tmp_path, tmp_path))
-
-
-# --- torchrun ---
-
-DIES_ONCE = """
-import os, signal, sys, warnings
-sys.path.insert(0, sys.argv[1])
-import ddp_training
-made = ddp_training.data
-
-def data(count, step):
-    if step == int(sys.argv[2]) and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return made(count, step)
-
-ddp_training.data = data
-ddp_training.main(quick=True, folder=sys.argv[3])
-"""
-
-
-def torchrun(folder, *arguments, workers=2):
-    """What it prints, its messages, and its exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, check=False)
-    return done.stdout, done.stderr, done.returncode
-
-
-def said(printed):
-    """Accuracy and ranks."""
-    found = re.search(r"accuracy (.*) %, ranks ({[^}]*})", printed)
-    return float(found[1]), found[2]
-
-
-def test_the_example_under_torchrun_goes_on_after_a_kill(tmp_path):
-    script = tmp_path / "dies.py"
-    script.write_text(DIES_ONCE)
-    run = [str(script), str(ROOT / "examples")]
-    killed, messages, code = torchrun(tmp_path, *run, "45", str(tmp_path))
-    assert code == 1
-    assert "Signal 9 (SIGKILL)" in messages
-    assert (tmp_path / "ddp_training.pt").exists()
-    whole, _, code = torchrun(tmp_path, "--max-restarts=1", *run, "50", str(tmp_path))
-    assert code == 0
-    assert whole.count("goes on after step 40") == 2  # after the first job, and after the kill at step 50
-    assert not killed
-    alone, _, code = torchrun(tmp_path, *run, "-1", str(tmp_path), workers=1)
-    assert code == 0
-    assert said(alone)[0] == pytest.approx(said(whole)[0], abs=0.5)  # float32: sums in another order
-    assert said(alone)[1] == said(whole)[1]

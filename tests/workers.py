@@ -81,3 +81,8 @@ def batch(step: int, rows: int = 16, dtype: torch.dtype = torch.float32, out: in
 def part(values: Tensor, worker: int) -> Tensor:
     """A worker's equal share of a global batch."""
     return values.chunk(torch.distributed.get_world_size())[worker]
+
+
+def all_equal(values: Any) -> bool:
+    """Whether all workers say the same."""
+    return all(value == values[0] for value in values)

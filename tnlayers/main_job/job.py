@@ -7,6 +7,7 @@ rank-adaptive rows also in their middle.
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,7 +73,7 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
 
     Raises:
         DataError: data that cannot be read.
-        JobError: settings that cannot be met, or a folder that holds results of other settings.
+        JobError: settings that cannot be met, a folder that holds results of other settings, or several workers.
         TrainingError: the loss is no longer finite.
 
     Example:
@@ -82,6 +83,12 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
         >>> [(row.net, row.variant) for row in result.rows]
         [('mlp', 'dense'), ('mlp', 'tensorized'), ('mlp', 'scratch')]
     """
+    workers = os.environ.get("WORLD_SIZE", "1")
+    if workers != "1":
+        raise JobError(
+            f"train: the job runs in one process, expected WORLD_SIZE = 1, got {workers}; start it without torchrun "
+            "(tnlayers.distributed.prepare is for scripts of your own)"
+        )
     start = time.perf_counter()
     watch = progress or (lambda event: None)
     before = torch.get_num_threads()
