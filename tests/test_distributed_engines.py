@@ -13,8 +13,10 @@ from workers import all_equal, batch, cores_of, digest, launch, part, small_net
 
 import tnlayers
 from decompositions import LowRank, TTMatrix
+from decompositions import round as cut
 from tnlayers import RankAdaptive
 from tnlayers.distributed import clip_grad_norm_, load_state, no_sync, param_groups, prepare, save_state
+from tnlayers.surgery import network_layers
 
 pytestmark = [
     pytest.mark.dist,
@@ -53,7 +55,7 @@ def sharded(worker, folder):
             optimizer.step()
             digests.append(digest(cores_of(net)))
         save_state(folder / f"{engine}.pt", model, optimizer, step=12)
-        weights = [layer.weight.detach().clone() for _, layer in tnlayers.surgery.network_layers(net)]
+        weights = [layer.weight.detach().clone() for _, layer in network_layers(net)]
         head = net[-1].weight.detach()
         seen[engine] = {
             "norms": norms, "digests": digests, "ranks": repr(optimizer.ranks()),
@@ -77,7 +79,7 @@ def continued(worker, folder, engine):
         optimizer.zero_grad()
         mse_loss(model(x), y).backward()
         optimizer.step()
-    return {"weights": [layer.weight.detach().clone() for _, layer in tnlayers.surgery.network_layers(net)]}
+    return {"weights": [layer.weight.detach().clone() for _, layer in network_layers(net)]}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,40 @@ def test_a_state_goes_on_elsewhere(workers, engine, both, tmp_path):
     alone = continued(None, folder, None)["weights"]
     for result in launch(continued, workers, tmp_path, folder, engine):
         torch.testing.assert_close(result["weights"], alone, rtol=1e-7, atol=1e-9)
+
+
+def resized(worker, engine):
+    """`set_network` at another rank after every backward, with an ordinary optimizer; DDP made by the caller too."""
+    net = small_net(torch.float64, seed=worker)
+    model = prepare(net, engine)
+    if engine is None:
+        model = torch.nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(param_groups(net), lr=0.05)
+    seen = []
+    for step in range(8):
+        x, y = batch(step, dtype=torch.float64)
+        alone = small_net(torch.float64)
+        for (_, own), (_, layer) in zip(network_layers(alone), network_layers(net), strict=True):
+            own.set_network(layer.network.detach())
+        whole = [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in net.parameters()]
+        for p, value in zip(alone.parameters(), whole, strict=True):
+            p.data.copy_(value)
+        mse_loss(alone(x), y).backward()
+        optimizer.zero_grad()
+        mse_loss(model(part(x, worker)), part(y, worker)).backward()
+        for p, own in zip(net.parameters(), alone.parameters(), strict=True):
+            found = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(found, own.grad, rtol=1e-9, atol=1e-12)
+        optimizer.step()
+        for _, layer in network_layers(net):
+            layer.set_network(cut(layer.network.detach(), rank=1 + step % 2))
+        seen.append(digest(cores_of(net)))
+    return {"seen": seen}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", None])
+def test_a_rank_change_after_every_backward(engine, tmp_path):
+    assert all_equal(launch(resized, 2, tmp_path, engine))
 
 
 def checkpointed_by_torch(worker, folder):

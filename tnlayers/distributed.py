@@ -74,8 +74,8 @@ def prepare(
         model: on its device; replaced layers or another model need another call.
         engine: who reduces the other parameters. "ddp": `DistributedDataParallel`, or a thin wrapper of the same
             surface (`.module`, `.no_sync`) where tensor layers are all there is; "fsdp": torch's `fully_shard`, in
-            place, cores and probes whole on every worker; None: the caller, who wraps the model himself (cores are
-            marked so that DDP ignores them).
+            place, cores and probes whole on every worker; None: the caller, who wraps this very module himself (it is
+            marked, so that DDP ignores the cores).
         process_group: of the workers; all by default.
         blocks: "fsdp": modules to shard one by one before the model.
         options: of the engine.
