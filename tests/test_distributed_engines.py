@@ -1,5 +1,6 @@
 """Several workers: engines, files, torchrun, refusals."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from workers import all_equal, batch, cores_of, digest, launch, part, small_net
 import tnlayers
 from decompositions import LowRank, TTMatrix
 from decompositions import round as cut
-from tnlayers import RankAdaptive
+from tnlayers import RankAdaptive, cli
 from tnlayers.distributed import clip_grad_norm_, load_state, no_sync, param_groups, prepare, save_state
 from tnlayers.surgery import network_layers
 
@@ -243,11 +244,74 @@ def test_the_example_under_torchrun_goes_on_after_a_kill(tmp_path):
     assert said(alone)[1] == said(whole)[1]
 
 
-def test_the_main_job_refuses_several_workers(tmp_path):
-    _, messages, code = torchrun(tmp_path, "-m", "tnlayers.cli", "train", "--limit", "100", "--out", "there")
+# --- `tnlayers train` under torchrun ---
+
+JOB_DIES_ONCE = """
+import os, signal, sys
+from tnlayers import cli
+from tnlayers.main_job import training
+step, left = training._step, [int(sys.argv[1])]
+
+def dying(*args):
+    left[0] -= 1
+    if left[0] == 0 and os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+
+training._step = dying
+cli.main(sys.argv[2:])
+"""
+
+
+def rows_of(folder):
+    """What does not depend on the clock."""
+    rows = json.loads((folder / "rows.json").read_text())["rows"]
+    return [
+        {
+            key: row[key]
+            for key in ("net", "variant", "seed", "accuracy", "parameters", "flops", "epochs", "curve", "networks")
+        }
+        for row in rows
+    ]
+
+
+def test_the_main_job_on_two_workers_is_that_of_one(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(JOB_DIES_ONCE)
+    # 65 images: a batch of one leaves a worker without any
+    job = ["train", "--limit", "65", "--nets", "mlp", "--epochs", "4", "--rank-adaptive", "--threads", "1"]
+    job += ["--checkpoint-every", "2"]
+    cli.app([*job, "--out", str(tmp_path / "one")], standalone_mode=False)
+    printed, messages, code = torchrun(tmp_path, str(script), "-1", *job, "--out", "two")
+    assert code == 0, messages
+    assert printed.count("mlp  dense") == 1  # worker 0 alone prints
+    first, second = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    for one, two in zip(first, second, strict=True):  # float32: sums in another order, an image or two of 65
+        for key in ("accuracy", "curve"):
+            assert one.pop(key) == pytest.approx(two[key], abs=0.04)
+        assert one.items() <= two.items()
+
+    # three rows of 12 steps (the conversion: fewer), then the fifth rank-adaptive step
+    done = sum(3 * row["epochs"] for row in first[:3]) + 5
+    _, messages, code = torchrun(tmp_path, str(script), str(done), *job, "--out", "killed")
     assert code == 1
-    assert messages.count("train: the job runs in one process, expected WORLD_SIZE = 1, got 2") >= 1
-    assert not (tmp_path / "there").exists()
+    assert "SIGKILL" in messages
+    assert (tmp_path / "killed" / "checkpoints").is_dir()
+    _, messages, code = torchrun(tmp_path, str(script), "-1", *job, "--out", "killed")
+    assert code == 0, messages
+    assert "continues after step 4 of 12" in messages
+    assert rows_of(tmp_path / "killed") == second
+    _, messages, code = torchrun(tmp_path, "--max-restarts=1", str(script), str(done), *job, "--out", "again")
+    assert code == 0, messages
+    assert rows_of(tmp_path / "again") == second
+
+
+def test_a_folder_that_the_main_job_cannot_use_is_refused_by_all(tmp_path):
+    (tmp_path / "there").write_text("")
+    _, messages, code = torchrun(tmp_path, "-m", "tnlayers.cli", "train", "--limit", "50", "--out", "there")
+    assert code == 1
+    assert "tnlayers: train: --out must be a folder" in messages
+    assert "Traceback" not in messages.split("torch.distributed.elastic")[0].split("torch/distributed/elastic")[0]
 
 
 # --- refusals, in this process ---
