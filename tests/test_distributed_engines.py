@@ -373,6 +373,23 @@ def test_a_copy_is_nobodys_worker(group, engine):
     assert model.reduction.count == before
 
 
+def test_workers_that_have_parted_go_on_alone(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    net = small_net()
+    model = prepare(net)
+    optimizer = RankAdaptive(net, lr=0.01)
+    for step in range(2):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        mse_loss((model, net)[step](x), y).backward()
+        optimizer.step()
+        if step == 0:
+            torch.distributed.destroy_process_group()
+    optimizer.settle()
+    assert model.reduction.count == 1
+    assert optimizer.steps == 2
+
+
 def unlike(worker):
     torch.manual_seed(0)
     kind = (LowRank, TTMatrix)[worker]

@@ -109,6 +109,8 @@ class Reduction:
         """Queue the reduction once a backward."""
         if self._queued or self._off or (self.wanted is not None and not self.wanted()):
             return
+        if not torch.distributed.is_initialized():  # the workers have parted: what is left is an ordinary model
+            return
         self._queued = True
         torch.autograd.Variable._execution_engine.queue_callback(self._at_end)
 

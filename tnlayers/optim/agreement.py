@@ -27,12 +27,10 @@ def agree(tracks: Sequence[Track], generator: torch.Generator, *, gauged: bool) 
     Returns:
         Whether the states had differed.
     """
-    group = groups.get(tracks[0].layer)
-    if group is None:
-        return False
     import torch.distributed as dist
 
-    if dist.get_world_size(group) == 1:
+    group = groups.get(tracks[0].layer)
+    if group is None or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return False
     own = _digest([track.digested() for track in tracks], generator)
     seen = torch.tensor([own, -own], device=tracks[0].layer.cores[0].device)
