@@ -9,18 +9,21 @@ BENCH := .venv-bench
 BENCHPY = $(if $(wildcard $(BENCH)/.installed),$(BENCH)/bin/python,$(BIN)/python)
 FULL ?=
 
-.PHONY: demo test lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
-  bench-decompositions bench-formats bench-riemannian bench-integrators bench-rank-adaptive bench-cifar bench-conditioning bench-gpu
+.PHONY: demo test test-dist lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
+  bench-decompositions bench-formats bench-riemannian bench-integrators bench-rank-adaptive bench-cifar bench-conditioning \
+  bench-gpu bench-distributed
 
 help:
 	@echo "make demo         digits: dense, tensorized, tensor-from-scratch and rank-adaptive nets; table, figures, a page in runs/"
 	@echo "make test         lint, types, tests, shape-checked tests"
+	@echo "make test-dist    the tests that start several processes (gloo on this machine)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-mnist  the accuracy rows of the README (MNIST=PATH, default ../shared/data/mnist); about 10 minutes"
 	@echo "make bench-import what import tnlayers adds to import torch"
 	@echo "make bench-env    an environment with the peers (tensorly-torch, tntorch, ...), for the next ones"
 	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-formats, bench-integrators, bench-plans,"
-	@echo "  bench-rank-adaptive, bench-cifar, bench-conditioning, bench-gpu   tables into benchmarks/results"
+	@echo "  bench-rank-adaptive, bench-cifar, bench-riemannian, bench-conditioning, bench-distributed, bench-gpu"
+	@echo "                  tables into benchmarks/results"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +46,9 @@ test: lint
 	  tests/test_convert.py tests/test_checkpoint.py tests/test_embedding_bag.py tests/test_conv_transpose.py \
 	  tests/test_contraction_layers.py
 
+test-dist: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m dist -q
+
 MNIST ?= ../shared/data/mnist
 bench-mnist: $(STAMP)
 	$(BIN)/python benchmarks/mnist.py --data mnist:$(MNIST)
@@ -57,7 +63,8 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 
 bench-env: $(BENCH)/.installed
 
-bench-layers bench-convolutions bench-formats bench-riemannian bench-integrators bench-plans bench-conditioning bench-gpu: bench-%: $(STAMP)
+bench-layers bench-convolutions bench-formats bench-riemannian bench-integrators bench-plans bench-conditioning bench-gpu \
+  bench-distributed: bench-%: $(STAMP)
 	$(BENCHPY) benchmarks/$*.py $(FULL)
 
 bench-rank-adaptive: $(STAMP)

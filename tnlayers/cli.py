@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,9 +38,14 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   tnlayers train --data cifar10:PATH --limit 5000 --json > result.json
 
+  torchrun --standalone --nproc-per-node 2 -m tnlayers.cli train --rank-adaptive
+
 The same command again skips finished rows; Ctrl-C keeps them. A rank-adaptive row goes on from its last checkpoint, bit
 for bit, even after kill -9. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
+
+GONE = ("gloo", "connection", "peer", "timed out")
+"""Words of a collective whose partner has died."""
 
 INSPECT_EXAMPLES = """[bold]Examples[/bold]
 
@@ -127,6 +133,8 @@ def train(
         )
         with _watcher(quiet) as watch:
             result = run(config, watch)
+        if os.environ.get("RANK", "0") != "0":  # under torchrun worker 0 prints
+            return
         if as_json:
             _print_json(result.to_dict())
         else:
@@ -193,6 +201,15 @@ def _guard(work: Callable[[], None], interrupted: str, refused: tuple[type[Excep
         _fail(interrupted, 130)
     except bad_input as error:
         _fail(str(error), 2)
+    except RuntimeError as error:
+        gone = os.environ.get("WORLD_SIZE", "1") != "1" and any(word in str(error).lower() for word in GONE)
+        if not gone:
+            raise
+        _fail(
+            f"another worker is gone ({error}); finished rows are kept, and the same command continues; "
+            "torchrun --max-restarts=N starts it again by itself",
+            1,
+        )
     except OSError as error:
         if error.errno == errno.EPIPE:  # nobody reads the output any more
             raise
@@ -200,7 +217,9 @@ def _guard(work: Callable[[], None], interrupted: str, refused: tuple[type[Excep
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"tnlayers: {' '.join(message.split())}", err=True)
+    worker = os.environ.get("RANK", "0")
+    who = "tnlayers" if worker == "0" else f"tnlayers, worker {worker}"
+    typer.echo(f"{who}: {' '.join(message.split())}", err=True)
     raise typer.Exit(code)
 
 
@@ -209,7 +228,7 @@ def _print_json(content: Any) -> None:
 
 
 def _watcher(quiet: bool) -> AbstractContextManager[Callable[[Any], None] | None]:
-    if quiet:
+    if quiet or os.environ.get("RANK", "0") != "0":
         return nullcontext(None)
     return _Bar() if sys.stderr.isatty() else nullcontext(_print_rows)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from decompositions import Network, to_dense
 from decompositions.geometry import Chain, Gauges, Tangent, center_gradients, longest_path
 from tnlayers.frozen import Freezable, release
 from tnlayers.rank_change import announce, resize_
+
+followers: WeakKeyDictionary[nn.Module, WeakMethod[Any]] = WeakKeyDictionary()
+"""Who is told when a layer has opened a window, as its probes may be new Parameters (the reduction of gradients)."""
 
 
 class Probes(nn.ParameterList):
@@ -233,6 +237,9 @@ class Movable(Freezable):
             self._replan()
         if old is not None and old.point.ranks != window.point.ranks:
             announce(self, list(self.cores), resized=True)
+        follow = followers[self]() if self in followers else None
+        if follow is not None:
+            follow(self)
 
     def close_window(self) -> None:
         """Back to the cores; what the probes had changed is dropped (an optimizer calls set_network with it)."""

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tnlayers.main_job.data import Dataset
 from tnlayers.main_job.nets import START_RANK, START_SIZE
 from tnlayers.main_job.rank_log import RankLog
 from tnlayers.main_job.training import WEIGHT_DECAY, Course, StepProgress, Training, TrainingError, train
+from tnlayers.main_job.workers import number, prepared
 from tnlayers.optim import RankAdaptive, compact
 
 KIND = "tnlayers rank-adaptive row"
@@ -137,19 +139,22 @@ def train_adaptive(
     steps = epochs * math.ceil(len(data.train_x) / batch_size)
     random = torch.get_rng_state()
 
-    def fresh() -> tuple[nn.Module, RankAdaptive]:
+    def fresh() -> tuple[nn.Module, nn.Module, RankAdaptive]:
         torch.set_rng_state(random)
         model, budget = make()
+        called = prepared(model)
         settle = max(1, round(SETTLE * steps))
-        return model, RankAdaptive(
-            model, lr, tol=TOL, reserve=RESERVE, budget=budget, settle=settle, weight_decay=WEIGHT_DECAY
+        return (
+            model,
+            called,
+            RankAdaptive(model, lr, tol=TOL, reserve=RESERVE, budget=budget, settle=settle, weight_decay=WEIGHT_DECAY),
         )
 
-    model, optimizer = fresh()
+    model, called, optimizer = fresh()
     try:
         course = checkpoint.read(model, optimizer)
     except (ValueError, KeyError, TypeError, RuntimeError):
-        model, optimizer = fresh()
+        model, called, optimizer = fresh()
         course = None
     if course is None:
         course = Course.of(seed)
@@ -157,9 +162,11 @@ def train_adaptive(
         resumed(course.step, steps)
     earlier = course.earlier
 
-    with RankLog(log, after=course.step) as lines:
+    with RankLog(log, after=course.step) if number() == 0 else nullcontext() as lines:
 
         def stepped(now: Course, loss: float) -> None:
+            if lines is None:
+                return
             lines.add(now.step, loss, optimizer.ranks(), settled=optimizer.fixed)
             if now.step % checkpoint.every == 0:
                 checkpoint.write(model, optimizer, now, earlier + time.perf_counter() - begin)
@@ -167,7 +174,7 @@ def train_adaptive(
         try:
             trained = train(
                 model, data, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, optimizer=optimizer,
-                evaluated=compact, course=course, stepped=stepped,
+                evaluated=compact, course=course, stepped=stepped, called=called,
                 progress=None if progress is None else progress(optimizer),
             )  # fmt: skip
         except torch.linalg.LinAlgError as error:

@@ -34,6 +34,7 @@ from tnlayers.main_job.training import (
     inference_ms,
     train,
 )
+from tnlayers.main_job.workers import Followed, joined, number, opened, told
 from tnlayers.optim import RankAdaptive
 from tnlayers.surgery import network_layers
 
@@ -66,6 +67,9 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
     (KeyboardInterrupt) loses no finished row. A rank-adaptive row continues from its last checkpoint, even after
     `kill -9`, and ends with the same weights bit for bit.
 
+    Under torchrun every batch is shared by the workers; rows are those of one process up to rounding. Worker 0 measures
+    times, calls `progress`, writes, and has the rows; the result of the others is empty.
+
     Args:
         config: what to do.
         progress: called with an `Event`.
@@ -82,8 +86,12 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
         >>> [(row.net, row.variant) for row in result.rows]
         [('mlp', 'dense'), ('mlp', 'tensorized'), ('mlp', 'scratch')]
     """
+    with joined():
+        return _run(config, progress if progress is not None and number() == 0 else lambda event: None)
+
+
+def _run(config: JobConfig, watch: Watch) -> JobResult:
     start = time.perf_counter()
-    watch = progress or (lambda event: None)
     before = torch.get_num_threads()
     try:
         data = _load(config, watch)
@@ -92,8 +100,10 @@ def run(config: JobConfig, progress: Watch | None = None) -> JobResult:
         torch.set_num_threads(config.threads)
         _check_nets(config, data)
         settings = settings_of(config, data)
-        with RowStore.open(Path(config.out), settings, overwrite=config.overwrite) as store:
+        with opened(config, settings) as store:
             trained = _Runner(config, data, store, watch).run()
+            if isinstance(store, Followed):
+                return JobResult((), settings, {}, store.folder, trained, time.perf_counter() - start)
             rows = store.select(config.nets, config.seed_list, config.variants)
             hardware = hardware_facts()
             result = JobResult(rows, settings, hardware, store.folder, trained, time.perf_counter() - start)
@@ -129,7 +139,7 @@ class _Runner:
 
     config: JobConfig
     data: Dataset
-    store: RowStore
+    store: RowStore | Followed
     watch: Watch
     done: float = 0.0
     last_tick: float = 0.0
@@ -140,8 +150,9 @@ class _Runner:
         keys = [(net, variant, seed) for net, seed in jobs for variant in self.config.variants]
         missing = [key for key in keys if key not in self.store]
         for net, variant, seed in keys:
-            if variant == ADAPTIVE and (self.config.overwrite or (net, variant, seed) in self.store):
+            if number() == 0 and variant == ADAPTIVE and (self.config.overwrite or (net, variant, seed) in self.store):
                 self._checkpoint(net, seed).remove()
+        told(None)  # nobody looks for a checkpoint before worker 0 has removed the old ones
         self.total = float(sum(self._epochs(variant) for _, variant, _ in missing))
         for net, variant, seed in keys:
             if (net, variant, seed) not in missing:
@@ -192,7 +203,8 @@ class _Runner:
         report = tensorize(model, recipes, example_input=self.data.train_x[: self.config.batch_size])
         report = replace(report, title=f"{net} on {self.data.name}, seed {seed}: conversion")
         page = f"reports/{net}-seed{seed}.html"
-        report.html(self.store.path(page))
+        if number() == 0:
+            report.html(self.store.path(page))
         before = accuracy(model, self.data.test_x, self.data.test_y)
         trained = self._fit(model, net, TENSORIZED, seed)
         self._finish(model, net, TENSORIZED, seed, trained, start, before=before, report=page)
@@ -231,7 +243,8 @@ class _Runner:
             )
         self.done += epochs
         self._finish(model, net, ADAPTIVE, seed, trained, start)
-        checkpoint.remove()
+        if number() == 0:
+            checkpoint.remove()
 
     def _checkpoint(self, net: str, seed: int) -> Checkpoint:
         key: Key = (net, ADAPTIVE, seed)
@@ -280,7 +293,10 @@ class _Runner:
         before: float | None = None,
         report: str = "",
     ) -> None:
-        """Measure, save the model, and only then write the row."""
+        """Measure, save the model, and only then write the row: on worker 0."""
+        if isinstance(self.store, Followed):
+            self.store.keys.add((net, variant, seed))
+            return
         images = self.data.test_x[:INFERENCE_BATCH]
         file = save(model, self._model_file(net, variant, seed))
         row = Row(

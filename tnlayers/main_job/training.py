@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnlayers.main_job.data import Dataset
+from tnlayers.main_job.workers import count as worker_count
+from tnlayers.main_job.workers import mean, prepared, share
 
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.2
@@ -94,6 +96,7 @@ def train(
     evaluated: Callable[[nn.Module], nn.Module] | None = None,
     course: Course | None = None,
     stepped: Callable[[Course, float], None] | None = None,
+    called: nn.Module | None = None,
 ) -> Training:
     """Minimize cross-entropy under `learning_rate`, in place.
 
@@ -109,6 +112,7 @@ def train(
         evaluated: gives the model whose accuracy counts; the model itself by default.
         course: where to continue; the beginning by default.
         stepped: called as (course, loss) after every step.
+        called: what to call in place of the model, where it was prepared for several workers already.
 
     Raises:
         TrainingError: the loss is no longer finite.
@@ -119,9 +123,10 @@ def train(
         >>> train(model, data, epochs=1, batch_size=20, lr=0.01, seed=0).steps
         3
     """
-    count = len(data.train_x)
+    count, workers = len(data.train_x), worker_count()
     each = math.ceil(count / batch_size)
     steps = epochs * each
+    called = prepared(model) if called is None else called
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
     if course is None:
@@ -133,11 +138,12 @@ def train(
         course.order = generator.get_state()
         batches = torch.randperm(count, generator=generator).split(batch_size)
         for rows in batches[course.step - epoch * each :]:
-            x, y = data.train_x[rows], data.train_y[rows]
+            own = share(rows)
+            x, y = data.train_x[own], data.train_y[own]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(course.step, steps, lr)
             start = time.perf_counter()
-            loss = _step(model, optimizer, x, y)
+            loss = _step(called, optimizer, x, y, len(own) * workers / len(rows))
             course.times.append(1e3 * (time.perf_counter() - start))
             course.step += 1
             if not math.isfinite(loss):
@@ -153,11 +159,13 @@ def train(
     return Training(tuple(course.curve), statistics.median(course.times), steps, course.earlier)
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, weight: float) -> float:
+    """`weight`: by which the workers' means make that of the batch."""
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
+    logits = model(x)
+    loss = F.cross_entropy(logits, y) * weight if len(y) else logits.sum()
     loss.backward()
-    value = loss.item()
+    value = mean(loss.item())
     if math.isfinite(value):  # an optimizer that decomposes what it moves has its own words for NaN
         optimizer.step()
     return value

@@ -27,9 +27,10 @@ from decompositions.geometry.tangent import gauge_fix
 from decompositions.lockstep import Job, together
 from tnlayers.integrators.schemes import FIXED, SCHEMES
 from tnlayers.integrators.steps import Truncate
+from tnlayers.optim.agreement import agree
 from tnlayers.optim.growth import widening
 from tnlayers.optim.models import centers, sizes_of, trees
-from tnlayers.optim.options import check_options
+from tnlayers.optim.options import KeptElsewhere, RankLimitWarning, check_options
 from tnlayers.optim.ranks import Ranks, check_budget, within_budget
 from tnlayers.optim.together import Gradients, step_together
 from tnlayers.optim.track import Track
@@ -41,10 +42,6 @@ Inner = Callable[[Iterable[Tensor]], Optimizer]
 
 RENEW = 50
 """Roundings after which bases are orthonormalized again."""
-
-
-class RankLimitWarning(UserWarning):
-    """Ranks cannot grow, and the message says why and what to do."""
 
 
 class RankAdaptive(Optimizer):
@@ -171,6 +168,7 @@ class RankAdaptive(Optimizer):
             check_budget([track.layer.network for track in self._tracks], min_rank, budget)
         own = {id(p) for track in self._tracks for layer in track.layers for p in layer.cores}
         self._run([self._opening(track, first=True) for track in self._tracks])
+        agree(self._tracks, self.generator, gauged=not self._by_closure)
         mine = [p for track in self._tracks for p in track.layer.probes]
         own |= {id(p) for p in mine}
         others = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
@@ -182,6 +180,7 @@ class RankAdaptive(Optimizer):
         )
         self.inner = make(others) if others else None
         super().__init__(mine, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self.state = KeptElsewhere(dict)
         if self.inner is not None:
             self.param_groups.extend(self.inner.param_groups)
 
@@ -297,6 +296,7 @@ class RankAdaptive(Optimizer):
         if settling:
             self.fixed = True
         self._run([self._renewing(track, net) for track, net in zip(self._tracks, nets, strict=True)])
+        agree(self._tracks, self.generator, gauged=True)
         self.history.append({"step": self.steps, "ranks": self.ranks()})
 
     def _cut_to_budget(self, nets: list[Network], settling: bool) -> list[Network]:
@@ -396,6 +396,7 @@ class RankAdaptive(Optimizer):
         if group["weight_decay"]:
             nets = [scale(net, 1 - group["lr"] * group["weight_decay"]) for net in nets]
         self._run([self._opening(track, net) for track, net in zip(self._tracks, nets, strict=True)])
+        agree(self._tracks, self.generator, gauged=False)
         self.history.append({"step": self.steps, "ranks": self.ranks()})
         return losses[0] if losses else None
 
@@ -495,3 +496,4 @@ class RankAdaptive(Optimizer):
         for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
             track.load(state, gauged=not self._by_closure)
         self._group_probes()
+        agree(self._tracks, self.generator, gauged=not self._by_closure)

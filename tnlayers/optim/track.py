@@ -117,6 +117,13 @@ class Track:
             found["cap"] = f"RankAdaptive: max_rank={own.most} binds in {self.name}; the tolerance asks for more"
         return found
 
+    def digested(self) -> list[Any]:
+        """What the next step depends on: tensors, and plain data."""
+        own, probes = self.ranks, list(self.layer.probes)
+        moved = [] if self.window.still(self.layer._active_probes()) else probes
+        plain = [list(own.found.items()), list(own.kept.items()), self.counts, self.turn, self.cut_again]
+        return [*plain, *self.window.point.cores, *moved, *self.moment, *self.second]
+
     def state(self) -> dict[str, Any]:
         """All of it as plain data and tensors."""
         return {
