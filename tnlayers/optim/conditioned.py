@@ -10,22 +10,22 @@ values into `[mean - delta, mean + delta]`, `delta = mean (c - 1) / (c + 1)`. Th
 its inverse, here that of a diagonal, harmless: these equations of a curve of fixed rank are not stiff.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
 from decompositions.geometry import Tangent, center_gradients
 from decompositions.geometry.blocks import flatten
 from decompositions.geometry.tangent import gauge_fix
 from decompositions.linalg import positive_qr, safe_svd
-from decompositions.lockstep import Job, together
+from decompositions.lockstep import Job
 from tnlayers.layer import NetworkLayer
+from tnlayers.optim.engine import Inner, NetworkOptimizer
 from tnlayers.optim.matrices import (
     Middle,
     clamp_condition,
@@ -37,8 +37,6 @@ from tnlayers.optim.matrices import (
 from tnlayers.optim.models import trees
 from tnlayers.window import Window
 
-T = TypeVar("T")
-Inner = Callable[[Iterable[Tensor]], Optimizer]
 Singular = tuple[Tensor, Tensor, Tensor]
 """U (m, r), singular values (r,), V (n, r)."""
 
@@ -98,7 +96,7 @@ class _Matrix:
         self.moment = [delta.to(like) for delta in self.moment]
 
 
-class CondLR(Optimizer):
+class CondLR(NetworkOptimizer):
     """Train a model whose layers are low-rank matrices, each with a condition number of at most `condition`.
 
     Every layer whose weight is one matrix between two bases, `W = U S V^T` (Linear, convolutions as out x (in k k),
@@ -162,11 +160,7 @@ class CondLR(Optimizer):
         weight_decay: int | float = 0.0,
         inner: Inner | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"CondLR: expected the model (its layers are found), got {type(model).__name__}; "
-                "CondLR(model, lr=...), not model.parameters()"
-            )
+        self._check_model(model)
         _check_options(lr, condition, momentum, weight_decay)
         self.condition, self.steps = float(condition), 0
         self._tracks = [
@@ -178,23 +172,11 @@ class CondLR(Optimizer):
                 "CondLR: the model must have a layer whose weight is one matrix between two bases with trainable "
                 "cores, found none; tensorize the model to LowRank first, or use torch.optim.SGD"
             )
-        own = {id(p) for track in self._tracks for layer in track.layers for p in layer.cores}
         self._open(self._tracks)
-        mine = [p for track in self._tracks for p in track.layer.probes]
-        own |= {id(p) for p in mine}
-        others = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
-        make = inner or partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.inner = make(others) if others else None
-        super().__init__(mine, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        if self.inner is not None:
-            self.param_groups.extend(self.inner.param_groups)
+        usual = partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self._adopt(model, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, inner, usual)
 
     # --- points ---
-
-    def _run(self, jobs: Sequence[Job[T]]) -> list[T]:
-        """Jobs of all networks: those of equal shapes share their QRs and SVDs."""
-        with torch.autocast(self._tracks[0].layer.cores[0].device.type, enabled=False), torch.no_grad():
-            return together(jobs)
 
     def _clamped(self, job: Job[Singular]) -> Job[Singular]:
         u, sigma, v = yield from job
@@ -237,30 +219,13 @@ class CondLR(Optimizer):
         closed = [track for track in self._tracks if track.layer._window is None]
         if closed:
             self._open(closed)
-            self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
+            self._group_probes()
         return closed
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `torch.optim.Optimizer.zero_grad`; weights that were replaced since are taken here, or in `step`."""
         self._reopen()
         super().zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Further parameters go to the inner optimizer.
-
-        Raises:
-            ValueError: there is none, as the model had no other parameters.
-        """
-        if not hasattr(self, "inner") or not self.param_groups:  # while torch's constructor runs
-            super().add_param_group(param_group)
-            return
-        if self.inner is None:
-            raise ValueError(
-                "CondLR.add_param_group: there is no inner optimizer, as all parameters of the model are cores; "
-                "make the optimizer anew from a module that holds the new ones too"
-            )
-        self.inner.add_param_group(param_group)
-        self.param_groups[1:] = self.inner.param_groups
 
     # --- the step ---
 
@@ -375,7 +340,7 @@ class CondLR(Optimizer):
                 for track in self._tracks
             ],
             "group": {key: value for key, value in self.param_groups[0].items() if key != "params"},
-            "inner": None if self.inner is None else self.inner.state_dict(),
+            "inner": self._inner_state(),
             "steps": self.steps,
         }
 
@@ -386,21 +351,15 @@ class CondLR(Optimizer):
         Raises:
             ValueError: the state of another model.
         """
-        names = [track.names for track in self._tracks]
-        saved = [state["names"] for state in state_dict["tracks"]]
-        if names != saved:
-            raise ValueError(f"CondLR.load_state_dict: the state must be of this model, expected {names}, got {saved}")
+        self._check_names([state["names"] for state in state_dict["tracks"]])
         self.steps = state_dict["steps"]
-        self.param_groups[0].update(state_dict["group"])
-        if self.inner is not None:
-            self.inner.load_state_dict(state_dict["inner"])
-            self.param_groups[1:] = self.inner.param_groups
+        self._load_groups(state_dict["group"], state_dict["inner"])
         for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
             like = track.layer.cores[0]
             track.moment = []
             track.install(tuple(part.to(like) for part in state["point"]))
             track.moment = [delta.to(like).clone() for delta in state["moment"]]
-        self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
+        self._group_probes()
 
 
 def _retracted(u: Tensor, core: Tensor, v: Tensor) -> Job[Singular]:

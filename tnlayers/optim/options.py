@@ -1,26 +1,11 @@
 """What `RankAdaptive` accepts."""
 
-from collections import defaultdict
 from math import isfinite
 from typing import Any
 
 
 class RankLimitWarning(UserWarning):
     """Ranks cannot grow, and the message says why and what to do."""
-
-
-class KeptElsewhere(defaultdict[Any, Any]):
-    """`state` of an optimizer whose moments change their shapes, and are not here.
-
-    `torch.distributed.checkpoint` asks whether there is any, and would otherwise make a step of its own to get some.
-    """
-
-    def __bool__(self) -> bool:
-        raise ValueError(
-            "RankAdaptive: torch.distributed.checkpoint holds states by the shape of their parameters, expected a "
-            "torch optimizer, got one whose ranks change; tnlayers.distributed.save_state writes it, for any number "
-            "of workers"
-        )
 
 
 def check_options(

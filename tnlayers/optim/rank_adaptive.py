@@ -9,14 +9,13 @@ The reserve has orthonormal bases at singular value zero: the gradient that the 
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import sqrt
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
+from torch import nn
 
 from decompositions import Network, scale
 from decompositions.formats.gauge import cutting, orthogonalizing
@@ -24,27 +23,24 @@ from decompositions.geometry import Tangent
 from decompositions.geometry.gauges import gauging
 from decompositions.geometry.retraction import basis_overlaps, extending, follow
 from decompositions.geometry.tangent import gauge_fix
-from decompositions.lockstep import Job, together
+from decompositions.lockstep import Job
 from tnlayers.integrators.schemes import FIXED, SCHEMES
 from tnlayers.integrators.steps import Truncate
 from tnlayers.optim.agreement import agree
+from tnlayers.optim.engine import Inner, NetworkOptimizer
 from tnlayers.optim.growth import widening
 from tnlayers.optim.models import centers, sizes_of, trees
-from tnlayers.optim.options import KeptElsewhere, RankLimitWarning, check_options
+from tnlayers.optim.options import RankLimitWarning, check_options
 from tnlayers.optim.ranks import Ranks, check_budget, within_budget
 from tnlayers.optim.together import Gradients, step_together
 from tnlayers.optim.track import Track
 from tnlayers.window import CoreWindow, Window
 
-T = TypeVar("T")
-Inner = Callable[[Iterable[Tensor]], Optimizer]
-
-
 RENEW = 50
 """Roundings after which bases are orthonormalized again."""
 
 
-class RankAdaptive(Optimizer):
+class RankAdaptive(NetworkOptimizer):
     """Train a model whose layers are networks, at ranks that the training finds.
 
     Every layer of the model whose weight is a tree is stepped here; all other parameters (biases, norms, dense layers)
@@ -124,11 +120,7 @@ class RankAdaptive(Optimizer):
         weight_decay: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"RankAdaptive: expected the model (its layers are found), got {type(model).__name__}; "
-                "RankAdaptive(model, lr=...), not model.parameters()"
-            )
+        self._check_model(model)
         check_options(lr, tol, theta, reserve, settle, min_rank, max_rank, budget, every, betas, weight_decay)
         if method not in SCHEMES:
             raise ValueError(f"RankAdaptive: method must be one of {tuple(SCHEMES)}, got {method!r}")
@@ -166,30 +158,17 @@ class RankAdaptive(Optimizer):
             )
         if budget is not None:
             check_budget([track.layer.network for track in self._tracks], min_rank, budget)
-        own = {id(p) for track in self._tracks for layer in track.layers for p in layer.cores}
         self._run([self._opening(track, first=True) for track in self._tracks])
         agree(self._tracks, self.generator, gauged=not self._by_closure)
-        mine = [p for track in self._tracks for p in track.layer.probes]
-        own |= {id(p) for p in mine}
-        others = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
-        make = inner or partial(
+        usual = partial(
             torch.optim.AdamW,
             lr=lr,
             betas=(betas[0], 0.999 if betas[1] is None else betas[1]),
             weight_decay=weight_decay,
         )
-        self.inner = make(others) if others else None
-        super().__init__(mine, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-        self.state = KeptElsewhere(dict)
-        if self.inner is not None:
-            self.param_groups.extend(self.inner.param_groups)
+        self._adopt(model, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, inner, usual)
 
     # --- windows ---
-
-    def _run(self, jobs: Sequence[Job[T]]) -> list[T]:
-        """Jobs of all networks: those of equal shapes share their QRs and SVDs."""
-        with torch.autocast(self._tracks[0].layer.cores[0].device.type, enabled=False), torch.no_grad():
-            return together(jobs)
 
     def _opening(self, track: Track, net: Network | None = None, *, first: bool = False) -> Job[None]:
         """Hang the tree, make room for the reserve, open the next window; moments come along."""
@@ -236,27 +215,6 @@ class RankAdaptive(Optimizer):
         if closed:
             self._group_probes()
         return closed
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Further parameters go to the inner optimizer.
-
-        Raises:
-            ValueError: there is none, as the model had no other parameters.
-        """
-        if not hasattr(self, "inner") or not self.param_groups:  # while torch's constructor runs
-            super().add_param_group(param_group)
-            return
-        if self.inner is None:
-            raise ValueError(
-                "RankAdaptive.add_param_group: there is no inner optimizer, as all parameters of the model are cores; "
-                "make the optimizer anew from a module that holds the new ones too"
-            )
-        self.inner.add_param_group(param_group)
-        self.param_groups[1:] = self.inner.param_groups
-
-    def _group_probes(self) -> None:
-        """The first group holds the probes; a layer whose weight was replaced has new ones."""
-        self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
 
     def _moving(self, track: Track) -> Job[Network]:
         """The weight at the end of a window, as a tree centered at the root."""
@@ -466,7 +424,7 @@ class RankAdaptive(Optimizer):
         return {
             "tracks": [track.state() for track in self._tracks],
             "group": group,
-            "inner": None if self.inner is None else self.inner.state_dict(),
+            "inner": self._inner_state(),
             "steps": self.steps,
             "fixed": self.fixed,
             "generator": self.generator.get_state(),
@@ -480,19 +438,11 @@ class RankAdaptive(Optimizer):
         Raises:
             ValueError: the state of another model.
         """
-        names = [track.names for track in self._tracks]
-        saved = [state["names"] for state in state_dict["tracks"]]
-        if names != saved:
-            raise ValueError(
-                f"RankAdaptive.load_state_dict: the state must be of this model, expected {names}, got {saved}"
-            )
+        self._check_names([state["names"] for state in state_dict["tracks"]])
         self.steps, self.fixed = state_dict["steps"], state_dict["fixed"]
         self.generator.set_state(state_dict["generator"].cpu())
         self.history = copy.deepcopy(state_dict["history"])
-        self.param_groups[0].update(state_dict["group"])
-        if self.inner is not None:
-            self.inner.load_state_dict(state_dict["inner"])
-            self.param_groups[1:] = self.inner.param_groups
+        self._load_groups(state_dict["group"], state_dict["inner"])
         for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
             track.load(state, gauged=not self._by_closure)
         self._group_probes()

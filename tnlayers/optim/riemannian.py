@@ -6,14 +6,13 @@ values, no inverse of a core. The moments are tangent vectors in the bases of th
 depends on the tensor W alone: other cores for the same W give the same steps.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from math import isfinite, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
 from decompositions import Network
 from decompositions.formats.gauge import cutting
@@ -22,27 +21,23 @@ from decompositions.geometry.blocks import flatten
 from decompositions.geometry.gauges import gauging
 from decompositions.geometry.retraction import follow, galerkin_retracting
 from decompositions.geometry.tangent import gauge_fix
-from decompositions.lockstep import Job, together
+from decompositions.lockstep import Job
+from tnlayers.optim.agreement import agree
+from tnlayers.optim.engine import Inner, NetworkOptimizer
 from tnlayers.optim.models import trees
 from tnlayers.optim.ranks import Ranks
 from tnlayers.optim.track import Track
 from tnlayers.window import Window
 
-Inner = Callable[[Iterable[Tensor]], Optimizer]
 
-
-class _Riemannian(Optimizer):
+class _Riemannian(NetworkOptimizer):
     """What both have in common: the networks of a model, their windows, the retraction, the inner optimizer."""
 
     def __init__(
         self, model: nn.Module, defaults: dict[str, Any], inner: Inner | None, usual: Inner, stabilize_every: int
     ) -> None:
         name = type(self).__name__
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{name}: expected the model (its layers are found), got {type(model).__name__}; "
-                f"{name}(model, lr=...), not model.parameters()"
-            )
+        self._check_model(model)
         rules = [
             ("lr", isinstance(defaults["lr"], int | float) and 0 <= defaults["lr"] < float("inf"), "a number >= 0"),
             ("weight_decay", 0 <= defaults["weight_decay"] < float("inf"), "a number >= 0"),
@@ -62,20 +57,10 @@ class _Riemannian(Optimizer):
                 f"{name}: the model must have a layer whose weight is a tree network with trainable cores, found none; "
                 "tensorize the model first, or use torch.optim.AdamW"
             )
-        cores = {id(p) for track in self._tracks for layer in track.layers for p in layer.cores}
+        self._generator = torch.Generator()
         self._run([self._starting(track) for track in self._tracks])
-        mine = [p for track in self._tracks for p in track.layer.probes]
-        own = cores | {id(p) for p in mine}
-        others = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
-        self.inner = (inner or usual)(others) if others else None
-        super().__init__(mine, defaults)
-        if self.inner is not None:
-            self.param_groups.extend(self.inner.param_groups)
-
-    def _run(self, jobs: list[Job[Any]]) -> list[Any]:
-        """Jobs of all networks: those of equal shapes share their QRs."""
-        with torch.autocast(self._tracks[0].layer.cores[0].device.type, enabled=False), torch.no_grad():
-            return together(jobs)
+        agree(self._tracks, self._generator, gauged=True)
+        self._adopt(model, defaults, inner, usual)
 
     def _starting(self, track: Track) -> Job[None]:
         """Open the first window on the weight as it is; moments are zero."""
@@ -97,25 +82,8 @@ class _Riemannian(Optimizer):
         closed = [track for track in self._tracks if track.layer._window is None]
         if closed:
             self._run([self._starting(track) for track in closed])
-            self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
+            self._group_probes()
         return closed
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Further parameters go to the inner optimizer.
-
-        Raises:
-            ValueError: there is none, as the model had no other parameters.
-        """
-        if not hasattr(self, "inner") or not self.param_groups:  # while torch's constructor runs
-            super().add_param_group(param_group)
-            return
-        if self.inner is None:
-            raise ValueError(
-                f"{type(self).__name__}.add_param_group: there is no inner optimizer, as all parameters of the model "
-                "are cores; make the optimizer anew from a module that holds the new ones too"
-            )
-        self.inner.add_param_group(param_group)
-        self.param_groups[1:] = self.inner.param_groups
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -136,6 +104,7 @@ class _Riemannian(Optimizer):
         self._run([self._moving(track) for track in moving])
         if self.inner is not None:
             self.inner.step()
+        agree(self._tracks, self._generator, gauged=True)
         return loss
 
     def _moving(self, track: Track) -> Job[None]:
@@ -173,7 +142,7 @@ class _Riemannian(Optimizer):
         return {
             "tracks": [track.state() for track in self._tracks],
             "group": {key: value for key, value in self.param_groups[0].items() if key != "params"},
-            "inner": None if self.inner is None else self.inner.state_dict(),
+            "inner": self._inner_state(),
             "steps": self.steps,
         }
 
@@ -184,19 +153,13 @@ class _Riemannian(Optimizer):
         Raises:
             ValueError: the state of another model.
         """
-        names, saved = [t.names for t in self._tracks], [state["names"] for state in state_dict["tracks"]]
-        if names != saved:
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict: the state must be of this model, expected {names}, got {saved}"
-            )
+        self._check_names([state["names"] for state in state_dict["tracks"]])
         self.steps = state_dict["steps"]
-        self.param_groups[0].update(state_dict["group"])
-        if self.inner is not None:
-            self.inner.load_state_dict(state_dict["inner"])
-            self.param_groups[1:] = self.inner.param_groups
+        self._load_groups(state_dict["group"], state_dict["inner"])
         for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
             track.load(state, gauged=True)
-        self.param_groups[0]["params"] = [p for track in self._tracks for p in track.layer.probes]
+        self._group_probes()
+        agree(self._tracks, self._generator, gauged=True)
 
 
 class RiemannianSGD(_Riemannian):
