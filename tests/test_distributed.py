@@ -99,6 +99,35 @@ def test_worker_0_decides(every, method, tmp_path):
     assert all_equal(results)
 
 
+def fixed_ranks(worker, kind):
+    net = small_net(seed=worker) if kind != "condlr" else nn.Sequential(*small_net(seed=worker)[5:])
+    prepare(net)
+    optimizer = {
+        "sgd": lambda: tnlayers.RiemannianSGD(net, 0.05, momentum=0.9),
+        "adam": lambda: tnlayers.RiemannianAdam(net, 0.01),
+        "condlr": lambda: tnlayers.CondLR(net, 0.05, momentum=0.9),
+    }[kind]()
+    seen = [digest(cores_of(net))]
+    for step in range(8):
+        if worker == 1:  # another machine: other bits, of a sign or the last one
+            with torch.no_grad():
+                optimizer._tracks[0].moment = [-(1 + 1e-6) * m for m in optimizer._tracks[0].moment]
+        x, y = batch(step)
+        x = x if kind != "condlr" else x.flatten(1)[:, :24]
+        optimizer.zero_grad()
+        mse_loss(net(part(x, worker)), part(y, worker)).backward()
+        optimizer.step()
+        seen.append(digest(cores_of(net)))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "condlr"])
+def test_optimizers_at_fixed_ranks_agree_too(kind, tmp_path):
+    results = launch(fixed_ranks, 2, tmp_path, kind)
+    assert all_equal(results)
+    assert len(set(results[0])) == 9
+
+
 # --- as one process with the global batch ---
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from tnlayers.optim.track import Track
 from tnlayers.reduction import groups
 
 
-def agree(tracks: Sequence[Track], generator: torch.Generator, *, gauged: bool) -> bool:
+def agree(tracks: Sequence[Any], generator: torch.Generator, *, gauged: bool) -> bool:
     """Make ranks, bases, moments and the generator of worker 0 those of all workers.
 
     Decisions by a tolerance may differ in the last bit between machines, and singular vectors between two libraries
@@ -20,8 +19,8 @@ def agree(tracks: Sequence[Track], generator: torch.Generator, *, gauged: bool) 
     own, sizes first, then one buffer. Nothing is done for a model that was not prepared, or on one worker.
 
     Args:
-        tracks: networks in training, all windows open.
-        generator: of the directions in reserve.
+        tracks: networks in training (`layer, digested(), state(), load()`), all windows open.
+        generator: of the directions in reserve, if there are any.
         gauged: see `Track.load`.
 
     Returns:

@@ -25,6 +25,7 @@ from decompositions.geometry.tangent import gauge_fix
 from decompositions.linalg import positive_qr, safe_svd
 from decompositions.lockstep import Job
 from tnlayers.layer import NetworkLayer
+from tnlayers.optim.agreement import agree
 from tnlayers.optim.engine import Inner, NetworkOptimizer
 from tnlayers.optim.matrices import (
     Middle,
@@ -89,6 +90,26 @@ class _Matrix:
         self.layer.open_window(self.opened)
         for twin in self.layers[1:]:
             twin.open_window(self.window, self.layer.probes)
+
+    def digested(self) -> list[Any]:
+        """What the next step depends on."""
+        return [*self.singular(), *self.moment]
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data and tensors."""
+        return {
+            "names": self.names,
+            "point": [part.detach().clone() for part in self.singular()],
+            "moment": [delta.clone() for delta in self.moment],
+        }
+
+    def load(self, state: dict[str, Any], *, gauged: bool = True) -> None:
+        """Inverse of `state`; the layers' weights are set to it too."""
+        like = self.layer.cores[0]
+        u, sigma, v = (part.to(like) for part in state["point"])
+        self.moment = []
+        self.install((u, sigma, v))
+        self.moment = [delta.to(like).clone() for delta in state["moment"]]
 
     def follow(self) -> None:
         """Bring the momentum to where the layer was moved to."""
@@ -173,6 +194,8 @@ class CondLR(NetworkOptimizer):
                 "cores, found none; tensorize the model to LowRank first, or use torch.optim.SGD"
             )
         self._open(self._tracks)
+        self._generator = torch.Generator()
+        agree(self._tracks, self._generator, gauged=True)
         usual = partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self._adopt(model, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, inner, usual)
 
@@ -266,6 +289,7 @@ class CondLR(NetworkOptimizer):
         if self.inner is not None:
             self.inner.step()
         self.steps += 1
+        agree(self._tracks, self._generator, gauged=True)
         return loss
 
     def _points(self, moving: Sequence[_Matrix], lr: float, momentum: float, decay: float) -> list[Singular]:
@@ -331,14 +355,7 @@ class CondLR(NetworkOptimizer):
         """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
         self._reopen()
         return {
-            "tracks": [
-                {
-                    "names": track.names,
-                    "point": [part.detach().clone() for part in track.singular()],
-                    "moment": [delta.clone() for delta in track.moment],
-                }
-                for track in self._tracks
-            ],
+            "tracks": [track.state() for track in self._tracks],
             "group": {key: value for key, value in self.param_groups[0].items() if key != "params"},
             "inner": self._inner_state(),
             "steps": self.steps,
@@ -355,11 +372,9 @@ class CondLR(NetworkOptimizer):
         self.steps = state_dict["steps"]
         self._load_groups(state_dict["group"], state_dict["inner"])
         for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
-            like = track.layer.cores[0]
-            track.moment = []
-            track.install(tuple(part.to(like) for part in state["point"]))
-            track.moment = [delta.to(like).clone() for delta in state["moment"]]
+            track.load(state)
         self._group_probes()
+        agree(self._tracks, self._generator, gauged=True)
 
 
 def _retracted(u: Tensor, core: Tensor, v: Tensor) -> Job[Singular]:
