@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import tnlayers
-from decompositions import LowRank, TTMatrix, Tucker, calibrate, plan_apply, st_hosvd, svd, time_plans, tt_svd
+from decompositions import LowRank, TTMatrix, Tucker, calibrate, plan_apply, st_hosvd, svd, tt_svd
+from decompositions.measure import time_plans
 from tnlayers.files import write_atomic
 from tnlayers.main_job.config import hardware_facts
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from timing import Gate, markdown, publish
 
-from decompositions import TT, LowRank, Network, TTMatrix, Tucker, calibrate, plan_apply, time_plans
+from decompositions import TT, LowRank, Network, TTMatrix, Tucker, calibrate, plan_apply
 from decompositions.formats.modes import balanced_modes
-from decompositions.measure import SHORTLIST
+from decompositions.measure import SHORTLIST, time_plans
 
 ROUNDS = 7
 

@@ -43,10 +43,8 @@ from decompositions.linalg import positive_qr as positive_qr
 from decompositions.linalg import unfold as unfold
 from decompositions.low_rank import svd as svd
 from decompositions.measure import calibrate as calibrate
-from decompositions.measure import time_plans as time_plans
 from decompositions.monarch import monarch_projection as monarch_projection
 from decompositions.prices import parameter_terms as parameter_terms
-from decompositions.randomized import randomized_basis as randomized_basis
 from decompositions.rank_rules import energy_rank as energy_rank
 from decompositions.rank_rules import evbmf_rank as evbmf_rank
 from decompositions.ring import tr_als as tr_als
@@ -60,3 +58,5 @@ from decompositions.tucker import hooi as hooi
 from decompositions.tucker import hosvd as hosvd
 from decompositions.tucker import st_hosvd as st_hosvd
 from decompositions.tucker import tucker2 as tucker2
+from decompositions.weighted import ActivationFactor as ActivationFactor
+from decompositions.weighted import weighted_low_rank as weighted_low_rank

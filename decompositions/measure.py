@@ -171,7 +171,8 @@ def time_plans(
         ValueError: fewer than one row or round.
 
     Example:
-        >>> from decompositions import LowRank, time_plans
+        >>> from decompositions import LowRank
+        >>> from decompositions.measure import time_plans
         >>> measured = time_plans(LowRank.random(row_modes=(64,), col_modes=(64,), rank=4), batch=8)
         >>> measured[0][1] <= measured[-1][1]
         True

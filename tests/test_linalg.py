@@ -12,7 +12,7 @@ from cases import DECOMPOSITIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decompositions import TruncationWarning, fold, positive_qr, randomized_basis, unfold
+from decompositions import TruncationWarning, fold, positive_qr, unfold
 from decompositions.linalg import (
     check_ranks,
     direct_sum,
@@ -24,6 +24,7 @@ from decompositions.linalg import (
     truncation_rank,
     usable_tol,
 )
+from decompositions.randomized import randomized_basis
 
 EVERY = pytest.mark.parametrize("decompose", DECOMPOSITIONS, ids=repr)
 KINDS = ("gaussian", "graded", "deficient", "zero", "peak", "constant")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tnlayers
-from decompositions import TT, LowRank, TTMatrix, Tucker, calibrate, plan_apply, time_plans
+from decompositions import TT, LowRank, TTMatrix, Tucker, calibrate, plan_apply
 from decompositions.formats import cost
 from decompositions.formats.cost import DEFAULT, cache_file, rates_for
-from decompositions.measure import merge_floor
+from decompositions.measure import merge_floor, time_plans
 from tnlayers import layer as layer_module
 
 KEY = ("cpu", "float32")
