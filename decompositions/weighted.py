@@ -85,7 +85,6 @@ class ActivationFactor:
                 f"{tuple(mask.shape)}"
             )
         rows = x.detach().reshape(-1, self.features) if mask is None else x.detach()[mask]
-        rows = rows.to(dtype=torch.promote_types(self._triangle.dtype, accumulate_dtype(x.dtype)))
         rows = rows.to(device=self._triangle.device, dtype=self._triangle.dtype)
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(

@@ -143,6 +143,26 @@ def test_training_at_changing_rank_compiles_at_most_three_times(format, options,
     assert frames <= 3
 
 
+def test_riemannian_training_compiles_twice_at_most():
+    counter = CompileCounterWithBackend("aot_eager")
+    models, optimizers, calls = [], [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(tnlayers.Linear(16, 16, network=tnlayers.random_network(LowRank, 4)) for _ in range(2)))
+        models.append(model)
+        optimizers.append(tnlayers.RiemannianAdam(model, lr=0.002, stabilize_every=3))
+        calls.append(tnlayers.compile(model, fullgraph=True, backend=counter) if compiled else model)
+    for step in range(10):
+        x = torch.randn(12, 16, generator=torch.Generator().manual_seed(step))
+        for call, optimizer in zip(calls, optimizers, strict=True):
+            optimizer.zero_grad()
+            (call(x) - x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(*models, strict=True):
+        assert torch.allclose(a.weight, b.weight, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
 def test_plain_compile_specialises_on_ranks():
     """What tnlayers.compile is for; where torch stops doing this, it is needed no more."""
     layer = tnlayers.Linear(32, 32, network=tnlayers.random_network(TTMatrix, 12, order=2))

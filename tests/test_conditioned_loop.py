@@ -1,10 +1,13 @@
 """`CondLR` in an ordinary loop: resuming, clipping, scaling, schedulers, ties, replaced weights, refusals."""
 
 import copy
+from functools import partial
 
+import loops
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import batch, loop
 from torch import Tensor, nn
 
 import tnlayers
@@ -12,38 +15,11 @@ from decompositions import TT, LowRank, Network, TTMatrix, Tucker
 from tnlayers import CondLR
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def network(format, **options):
     return tnlayers.random_network(format, **options)
 
 
-def small_model(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        tnlayers.Linear(16, 24, network=network(LowRank, rank=4)),
-        nn.ReLU(),
-        nn.LayerNorm(24),
-        tnlayers.Linear(24, 12, network=network(LowRank, rank=3)),
-        nn.ReLU(),
-        nn.Linear(12, 5),
-    )
-
-
-def batch(seed: int, count: int = 32) -> tuple[Tensor, Tensor]:
-    return torch.randn(count, 16, generator=generator(seed)), torch.randint(
-        0, 5, (count,), generator=generator(seed + 1)
-    )
-
-
-def loop(model: nn.Module, optimizer: CondLR, steps: range) -> None:
-    for k in steps:
-        x, y = batch(k)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+small_model = partial(loops.small_model, matrices=True)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -597,6 +597,17 @@ def test_a_budget_of_flops_is_met_as_the_report_counts_them(share):
     assert [row.ranks for row in same.rows] == [row.ranks for row in report.rows]
 
 
+@pytest.mark.parametrize("budget", [2500, {"flops": 0.6}, {"error": 0.4}])
+def test_ranks_under_a_budget_can_be_multiples(budget):
+    model = budget_model()
+    report = tnlayers.tensorize(
+        model, budget_policy(), budget=budget, multiple=4, example_input=torch.randn(1, 8, 4, 4), skip_if_no_gain=False
+    )
+    largest = {"0": (16, 8), "3": (48, 48), "5": (2, 2)}  # of the layer that has rank 2, its own
+    for row in report.rows:
+        assert all(r % 4 == 0 or r == top for r, top in zip(row.ranks, largest[row.name], strict=True)), row.ranks
+
+
 def test_a_budget_of_bytes_is_one_of_parameters():
     first, second = budget_model().double(), budget_model().double()
     by_count = tnlayers.tensorize(first, budget_policy(), budget=1000)

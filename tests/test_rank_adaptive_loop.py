@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import batch, loop, small_model
 from torch import Tensor, nn
 
 import tnlayers
@@ -15,38 +16,8 @@ from decompositions import round as cut
 from tnlayers import RankAdaptive, RankChangeWarning, compact
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def network(format, **options):
     return tnlayers.random_network(format, **options)
-
-
-def small_model(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        tnlayers.Linear(16, 24, network=network(LowRank, rank=4)),
-        nn.ReLU(),
-        nn.LayerNorm(24),
-        tnlayers.Linear(24, 12, network=network(TTMatrix, rank=3, row_modes=(4, 3), col_modes=(6, 4))),
-        nn.ReLU(),
-        nn.Linear(12, 5),
-    )
-
-
-def batch(seed: int, count: int = 32) -> tuple[Tensor, Tensor]:
-    return torch.randn(count, 16, generator=generator(seed)), torch.randint(
-        0, 5, (count,), generator=generator(seed + 1)
-    )
-
-
-def loop(model: nn.Module, optimizer: RankAdaptive, steps: range) -> None:
-    for k in steps:
-        x, y = batch(k)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def read_budget(budget: Budget, dense: Dense) -> tuple[str, int | float]:
 
 
 def cut_to_budget(
-    layers: Mapping[str, NetworkLayer], budget: Budget, dense: Dense
+    layers: Mapping[str, NetworkLayer], budget: Budget, dense: Dense, multiple: int = 1
 ) -> tuple[dict[str, Network], Choice | None, str]:
     """Round the networks of layers, by name, so that they fit a budget together with the smallest tails.
 
@@ -74,19 +74,19 @@ def cut_to_budget(
         return {}, None, UNITS[kind]
     every = list(nets.values())
     if kind == "flops":
-        ranks, choice = _under_flops(layers, dense, allowed)
+        ranks, choice = _under_flops(layers, dense, allowed, multiple)
     elif kind == "error":
-        ranks, choice = ranks_under(every, error=allowed)
+        ranks, choice = ranks_under(every, error=allowed, multiple=multiple)
     else:
         each = [net.dtype.itemsize if kind == "bytes" else 1 for net in every]
         terms = [scaled_terms(parameter_terms(net), size) for net, size in zip(every, each, strict=True)]
-        ranks, choice = ranks_under(every, allowed, terms=terms)
+        ranks, choice = ranks_under(every, allowed, terms=terms, multiple=multiple)
     cut = {name: round(net, rank=own) for (name, net), own in zip(nets.items(), ranks, strict=True)}
     return cut, choice, UNITS[kind]
 
 
 def _under_flops(
-    layers: Mapping[str, NetworkLayer], dense: Dense, allowed: int | float
+    layers: Mapping[str, NetworkLayer], dense: Dense, allowed: int | float, multiple: int
 ) -> tuple[list[dict[str, int]], Choice]:
     """Ranks whose plans fit. A plan is a sum of products of ranks; other ranks may have another plan: so in rounds."""
     nets = [layer.network.detach() for layer in layers.values()]
@@ -106,19 +106,21 @@ def _under_flops(
         return terms, spent
 
     current = [dict.fromkeys(net.bonds, 1) for net in nets]
-    terms, spent = planned(current)
-    if spent > allowed:
+    terms, least = planned(current)
+    if least > allowed:
         raise ValueError(
-            f"tensorize: the budget must hold the least ranks, expected at least {spent:,} FLOPs a sample, got "
+            f"tensorize: the budget must hold the least ranks, expected at least {least:,} FLOPs a sample, got "
             f"{int(allowed):,}; convert fewer layers"
         )
     best: tuple[list[dict[str, int]], Choice] | None = None
     limit = allowed
     for _ in range(ROUNDS):
-        ranks, choice = ranks_under(nets, limit, terms=terms)
+        ranks, choice = ranks_under(nets, limit, terms=terms, multiple=multiple)
         own_terms, spent = planned(ranks)
         if spent > allowed:  # these ranks have another plan: aim lower by the old one
             limit *= max(0.5, min(0.99, allowed / spent))
+            if best is not None or limit < least:
+                break
             continue
         if best is None or choice.error < best[1].error:
             best = ranks, choice

@@ -44,6 +44,7 @@ def tensorize(
     example_input: Any = None,
     spectra: bool = True,
     budget: Budget | None = None,
+    multiple: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
     """Replace the layers of a model, in place, by layers whose weight is the recipe's network.
@@ -70,6 +71,7 @@ def tensorize(
             at most e. The recipes then make networks of high ranks (by a small tolerance, or exact), and ranks are
             chosen for all layers together by their squared relative errors (`ranks_under`); the report's `budget` says
             which and why.
+        multiple: under a budget, ranks are multiples of it (8 for tensor cores), or the largest that a bond has.
         progress: called as (done, total, name) before each layer.
 
     Returns:
@@ -101,7 +103,7 @@ def tensorize(
     told_budget = ""
     if budget is not None:
         full = _make_layers(candidates, rules, dict(reasons), False, progress)
-        ready, told_budget = _fit(candidates, full, budget, seen)
+        ready, told_budget = _fit(candidates, full, budget, multiple, seen)
     layers = _make_layers(candidates, rules, reasons, skip_if_no_gain, None if ready else progress, ready)
     _keep_ties(model, candidates, reasons)  # a layer without gain stays dense, and so do those tied to it
     layers = {key: layer for key, layer in layers.items() if not reasons[key]}
@@ -123,7 +125,11 @@ def tensorize(
 
 
 def _fit(
-    candidates: Sequence[Site], full: dict[int, NetworkLayer], budget: Budget, seen: Mapping[int, Shapes]
+    candidates: Sequence[Site],
+    full: dict[int, NetworkLayer],
+    budget: Budget,
+    multiple: int,
+    seen: Mapping[int, Shapes],
 ) -> tuple[dict[int, Network], str]:
     """Networks by the id of the dense weight, cut to the budget; and the words that say how."""
     names: dict[str, int] = {}
@@ -141,7 +147,7 @@ def _fit(
                 dense.bytes + weight.numel() * weight.itemsize,
                 dense.flops + stand_in.dense_flops(tuple(weight.shape), shapes),
             )
-    cut, choice, unit = cut_to_budget(layers, budget, dense)
+    cut, choice, unit = cut_to_budget(layers, budget, dense, multiple)
     return {names[name]: net for name, net in cut.items()}, told(choice, unit, list(layers))
 
 

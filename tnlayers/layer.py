@@ -63,7 +63,6 @@ class NetworkLayer(Movable):
     weight_shape: tuple[int, ...]
     bias: nn.Parameter | None
     _dense_steps: tuple[Step, ...]
-    _pinned = False  # whether changes of ranks leave the stored plan as it is
     _memory = "keep"
 
     def _start(
@@ -389,8 +388,7 @@ class NetworkLayer(Movable):
     def sample_flops(self, seen: Shapes | None) -> int:
         """Multiply-adds times two of this layer for one sample, as `dense_flops` counts."""
         plan, parts = self._sample_plan(seen)
-        flops: int = plan.flops
-        return flops // parts
+        return int(plan.flops) // parts
 
     def plan_for_shapes(self, seen: Shapes) -> None:
         """Make the stored plan for a call with these shapes."""
@@ -454,9 +452,8 @@ def _current_cores(module: NetworkLayer, state_dict: dict[str, Any], prefix: str
     """A state dict holds the weight as it is now: inside a window that has moved, at doubled ranks."""
     if module._window is not None and not module._window.still(module._active_probes()):
         with torch.no_grad():
-            cores = module._core_list()
-        for k, core in enumerate(cores):
-            state_dict[f"{prefix}cores.{k}"] = core.detach().contiguous()
+            for k, core in enumerate(module._core_list()):
+                state_dict[f"{prefix}cores.{k}"] = core.detach().contiguous()
 
 
 def _watch_cores(module: NetworkLayer, incompatible: Any) -> None:

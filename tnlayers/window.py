@@ -196,7 +196,7 @@ class Movable(Freezable):
     """What every layer has to be moved by an optimizer: the window, and the Parameters of the change."""
 
     probes: Probes
-    _pinned = False  # whether the layer is part of a compiled model
+    _pinned = False  # whether changes of ranks leave the stored plan as it is: the layer is part of a compiled model
     _window: Window | None = None
 
     def _replan(self) -> None:

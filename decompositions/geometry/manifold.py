@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.formats.algebra import to_dense
 from decompositions.formats.gauge import require_tree
 from decompositions.formats.network import Network, tree_edges
 from decompositions.geometry.blocks import unflatten
@@ -51,9 +52,6 @@ class FixedRank:
     def __init__(self, like: Network) -> None:
         require_tree("FixedRank", like)
         self.like: Network = like.detach().to("meta")
-        self.numel: int = 1
-        for size in like.shape:
-            self.numel *= size
 
     @property
     def ndim(self) -> int:
@@ -104,8 +102,6 @@ class FixedRank:
 
     def projx(self, x: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
         """A point near x: leading singular vectors of every unfolding."""
-        from decompositions.formats.algebra import to_dense
-
         return to_dense(self.network(x)).reshape(x.shape)
 
     def proju(self, x: Inexact[Tensor, "..."], u: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from decompositions.formats.gauge import cut_or_warn
-from decompositions.formats.network import Network
+from decompositions.formats.network import Network, TreeEdge
 from decompositions.geometry.blocks import along, flatten, normal_basis, padded, unflatten
 from decompositions.geometry.gauges import Gauges, _given
 from decompositions.geometry.tangent import Tangent
@@ -135,9 +135,9 @@ def galerkin_retract(xi: Tangent[N]) -> N:
     From the leaves up, the new basis below a bond is that of `W + xi` in the new bases below and the old one above,
     `U'_e R = K_e` with `K_e = U_e S_e + delta_e` at a leaf; the root core is W + xi in the new bases: basis update and
     Galerkin with one Euler step of the constant field xi. A retraction, `R(t xi) = W + t xi + O(t^2)` (first order:
-    `retract` is second order and nearer to W + t xi), exact where W + xi has the ranks of W and xi moves bases on one
-    side only; no inverse of a core is formed, so that small singular values do no harm.
-    Cost: one QR a bond, O(sum_v n_v r^(deg + 1)): about a fifth of `retract`.
+    `retract` is second order and nearer to W + t xi), exact for a matrix where xi moves one basis and nothing else; no
+    inverse of a core is formed, so that small singular values do no harm.
+    Cost: one QR a bond, O(sum_v n_v r^(deg + 1)), nothing at doubled ranks.
 
     Returns:
         A tree of the ranks of the point, its cores but the root isometries toward it.
@@ -178,11 +178,7 @@ def galerkin_retracting(xi: Tangent[Any], *, near: bool = False) -> Job[Moved]:
             if v != at.root:
                 old = along(old, k, overlaps[edge.bond])
         for k, edge in inner:
-            part = along(_given(at.down[edge.child]), k, turned[edge.bond])
-            for other, sibling in inner:
-                if other != k:
-                    part = along(part, other, overlaps[sibling.bond])
-            moved = moved + part
+            moved = moved + _beside(at.down[edge.child], k, turned[edge.bond], inner, overlaps)
         if v == at.root:
             new[v] = moved
             continue
@@ -193,6 +189,21 @@ def galerkin_retracting(xi: Tangent[Any], *, near: bool = False) -> Job[Moved]:
         overlaps[bond] = q.mH @ flatten(old, axis)
         turned[bond] = r - overlaps[bond] @ at.links[bond]
     return Moved(at.net._unchecked([new[v] for v in range(len(new))], at.net.legs, at.net.rows, at.net.cols), overlaps)
+
+
+def _beside(
+    core: Tensor | None,
+    axis: int,
+    matrix: Tensor,
+    inner: Sequence[tuple[int, TreeEdge]],
+    overlaps: Mapping[str, Tensor],
+) -> Tensor:
+    """A core times a matrix at one of its lower bonds, and times the overlaps at the others."""
+    made = along(_given(core), axis, matrix)
+    for other, edge in inner:
+        if other != axis:
+            made = along(made, other, overlaps[edge.bond])
+    return made
 
 
 def basis_overlaps(at: Gauges[Any], before: Gauges[Any]) -> dict[str, Tensor]:
@@ -286,11 +297,7 @@ def follow(
         for k, edge in inner:
             delta = along(delta, k, overlaps[edge.bond])
         for k, edge in inner:
-            part = along(_given(before.down[edge.child]), k, turned[edge.bond])
-            for j, sibling in inner:
-                if j != k:
-                    part = along(part, j, overlaps[sibling.bond])
-            delta = delta + part
+            delta = delta + _beside(before.down[edge.child], k, turned[edge.bond], inner, overlaps)
         if v != at.root:
             bond = at.above[v].bond
             axis = at.axis(v, bond)

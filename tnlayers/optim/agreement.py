@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from tnlayers.reduction import groups
 
 
-def agree(tracks: Sequence[Any], generator: torch.Generator, *, gauged: bool) -> bool:
+def agree(tracks: Sequence[Any], generator: torch.Generator | None, *, gauged: bool) -> bool:
     """Make ranks, bases, moments and the generator of worker 0 those of all workers.
 
     Decisions by a tolerance may differ in the last bit between machines, and singular vectors between two libraries
@@ -37,18 +37,23 @@ def agree(tracks: Sequence[Any], generator: torch.Generator, *, gauged: bool) ->
     if int(seen[0]) == -int(seen[1]):
         return False
     states = [track.state() for track in tracks]
-    box: list[Any] = tree_map_only(Tensor, Tensor.cpu, [states, generator.get_state()])
+    box: list[Any] = tree_map_only(Tensor, Tensor.cpu, [states, _drawn(generator)])
     dist.broadcast_object_list(box, group_src=0, group=group)
-    generator.set_state(box[1])
+    if generator is not None:
+        generator.set_state(box[1])
     for track, state in zip(tracks, box[0], strict=True):
         track.load(state, gauged=gauged)  # worker 0 too: what follows is computed from the same bits everywhere
     return True
 
 
-def _digest(states: Sequence[Sequence[Any]], generator: torch.Generator) -> int:
+def _drawn(generator: torch.Generator | None) -> Any:
+    return None if generator is None else generator.get_state()
+
+
+def _digest(states: Sequence[Sequence[Any]], generator: torch.Generator | None) -> int:
     """A number below 2^56 of all bits: a sum would not see two flipped signs."""
     found = blake2b(digest_size=7)
-    for state in (*states, [generator.get_state()]):
+    for state in (*states, [_drawn(generator)]):
         for value in state:
             if isinstance(value, Tensor):
                 value = value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()

@@ -13,7 +13,6 @@ its inverse, here that of a diagonal, harmless: these equations of a curve of fi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from decompositions.geometry.tangent import gauge_fix
 from decompositions.linalg import positive_qr, safe_svd
 from decompositions.lockstep import Job
 from tnlayers.layer import NetworkLayer
-from tnlayers.optim.agreement import agree
 from tnlayers.optim.engine import Inner, NetworkOptimizer
 from tnlayers.optim.matrices import (
     Middle,
@@ -36,6 +34,7 @@ from tnlayers.optim.matrices import (
     singular_gauges,
 )
 from tnlayers.optim.models import trees
+from tnlayers.optim.options import number, refuse
 from tnlayers.window import Window
 
 Singular = tuple[Tensor, Tensor, Tensor]
@@ -183,7 +182,7 @@ class CondLR(NetworkOptimizer):
     ) -> None:
         self._check_model(model)
         _check_options(lr, condition, momentum, weight_decay)
-        self.condition, self.steps = float(condition), 0
+        self.condition = float(condition)
         self._tracks = [
             _Matrix(names, layers, require_middle("CondLR", names[0], layers[0].network))
             for names, layers in trees(model).values()
@@ -194,8 +193,7 @@ class CondLR(NetworkOptimizer):
                 "cores, found none; tensorize the model to LowRank first, or use torch.optim.SGD"
             )
         self._open(self._tracks)
-        self._generator = torch.Generator()
-        agree(self._tracks, self._generator, gauged=True)
+        self._agree()
         usual = partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self._adopt(model, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, inner, usual)
 
@@ -289,7 +287,7 @@ class CondLR(NetworkOptimizer):
         if self.inner is not None:
             self.inner.step()
         self.steps += 1
-        agree(self._tracks, self._generator, gauged=True)
+        self._agree()
         return loss
 
     def _points(self, moving: Sequence[_Matrix], lr: float, momentum: float, decay: float) -> list[Singular]:
@@ -351,31 +349,6 @@ class CondLR(NetworkOptimizer):
             made.update(dict.fromkeys(track.names, float(sigma.max() / sigma.min())))
         return made
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
-        self._reopen()
-        return {
-            "tracks": [track.state() for track in self._tracks],
-            "group": {key: value for key, value in self.param_groups[0].items() if key != "params"},
-            "inner": self._inner_state(),
-            "steps": self.steps,
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a state was saved; the layers' weights are set to it too.
-
-        Raises:
-            ValueError: the state of another model.
-        """
-        self._check_names([state["names"] for state in state_dict["tracks"]])
-        self.steps = state_dict["steps"]
-        self._load_groups(state_dict["group"], state_dict["inner"])
-        for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
-            track.load(state)
-        self._group_probes()
-        agree(self._tracks, self._generator, gauged=True)
-
 
 def _retracted(u: Tensor, core: Tensor, v: Tensor) -> Job[Singular]:
     """The core turned to a diagonal, the bases along with it and then to orthonormal ones.
@@ -397,16 +370,12 @@ def _finite(values: Sequence[Tensor]) -> Tensor:
 
 def _check_options(lr: Any, condition: Any, momentum: Any, weight_decay: Any) -> None:
     """Refuse options that make no sense, by name."""
-
-    def number(value: Any, least: float, below: float = float("inf")) -> bool:
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
-        return plain and isfinite(value) and least <= value < below
-
-    for name, value, right, expected in (
-        ("lr", lr, number(lr, 0), "a number >= 0"),
-        ("condition", condition, number(condition, 1), "a finite number >= 1 (the bound of cond(S))"),
-        ("momentum", momentum, number(momentum, 0, 1), "a number in [0, 1)"),
-        ("weight_decay", weight_decay, number(weight_decay, 0), "a number >= 0"),
-    ):
-        if not right:
-            raise ValueError(f"CondLR: {name} must be {expected}, got {value!r}")
+    refuse(
+        "CondLR",
+        [
+            ("lr", lr, number(lr, 0), "a number >= 0"),
+            ("condition", condition, number(condition, 1), "a finite number >= 1 (the bound of cond(S))"),
+            ("momentum", momentum, number(momentum, 0, 1), "a number in [0, 1)"),
+            ("weight_decay", weight_decay, number(weight_decay, 0), "a number >= 0"),
+        ],
+    )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from decompositions.lockstep import Job, together
+from tnlayers.optim.agreement import agree
 
 T = TypeVar("T")
 Inner = Callable[[Iterable[Tensor]], Optimizer]
@@ -36,10 +37,14 @@ class NetworkOptimizer(Optimizer):
 
     The first of `param_groups` holds the probes of the layers; the others are the very dicts of the inner optimizer, so
     that schedulers, clipping and loss scaling see one optimizer. A subclass finds its tracks (a network, the layers
-    that share it, `layer.probes`), opens their windows, and calls `_adopt`.
+    that share it; `digested`, `state` and `load`), opens their windows, and calls `_adopt`.
     """
 
     inner: Optimizer | None
+    generator: torch.Generator | None = None
+    """Of random directions, where there are any."""
+    steps = 0
+    _gauged = True  # whether windows are those of gauges, see `Track.load`
     _tracks: Sequence[Any]
 
     @classmethod
@@ -88,20 +93,46 @@ class NetworkOptimizer(Optimizer):
         self.inner.add_param_group(param_group)
         self.param_groups[1:] = self.inner.param_groups
 
-    def _inner_state(self) -> dict[str, Any] | None:
-        return None if self.inner is None else self.inner.state_dict()
+    def _reopen(self) -> Sequence[Any]:
+        """Open windows on weights that somebody has replaced; which these were."""
+        raise TypeError("NetworkOptimizer._reopen: expected an optimizer, got the base")
 
-    def _load_groups(self, group: dict[str, Any], inner: dict[str, Any] | None) -> None:
-        """Settings of the first group, and the state of the inner optimizer."""
-        self.param_groups[0].update(group)
-        if self.inner is not None and inner is not None:
-            self.inner.load_state_dict(inner)
-            self.param_groups[1:] = self.inner.param_groups
+    def _agree(self) -> None:
+        """Workers that train together take the state of worker 0 where any of theirs differs."""
+        agree(self._tracks, self.generator, gauged=self._gauged)
 
-    def _check_names(self, saved: Sequence[Sequence[str]]) -> None:
-        names = [track.names for track in self._tracks]
-        if names != list(saved):
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
+        self._reopen()
+        return {
+            "tracks": [track.state() for track in self._tracks],
+            "group": {key: value for key, value in self.param_groups[0].items() if key != "params"},
+            "inner": None if self.inner is None else self.inner.state_dict(),
+            "steps": self.steps,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a state was saved; the layers' weights are set to it too.
+
+        Raises:
+            ValueError: the state of another model.
+        """
+        names, saved = [track.names for track in self._tracks], [state["names"] for state in state_dict["tracks"]]
+        if names != saved:
             raise ValueError(
-                f"{type(self).__name__}.load_state_dict: the state must be of this model, expected {names}, got "
-                f"{list(saved)}"
+                f"{type(self).__name__}.load_state_dict: the state must be of this model, expected {names}, got {saved}"
             )
+        self._load_more(state_dict)
+        self.steps = state_dict["steps"]
+        self.param_groups[0].update(state_dict["group"])
+        if self.inner is not None:
+            self.inner.load_state_dict(state_dict["inner"])
+            self.param_groups[1:] = self.inner.param_groups
+        for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
+            track.load(state, gauged=self._gauged)
+        self._group_probes()
+        self._agree()
+
+    def _load_more(self, state_dict: dict[str, Any]) -> None:
+        """What a subclass has beside."""

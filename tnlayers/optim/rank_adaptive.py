@@ -26,7 +26,6 @@ from decompositions.geometry.tangent import gauge_fix
 from decompositions.lockstep import Job
 from tnlayers.integrators.schemes import FIXED, SCHEMES
 from tnlayers.integrators.steps import Truncate
-from tnlayers.optim.agreement import agree
 from tnlayers.optim.engine import Inner, NetworkOptimizer
 from tnlayers.optim.growth import widening
 from tnlayers.optim.models import centers, sizes_of, trees
@@ -125,6 +124,7 @@ class RankAdaptive(NetworkOptimizer):
         if method not in SCHEMES:
             raise ValueError(f"RankAdaptive: method must be one of {tuple(SCHEMES)}, got {method!r}")
         self._by_closure = method != "parallel"
+        self._gauged = not self._by_closure
         if self._by_closure and (every != 1 or budget is not None or window != "tangent" or min_rank != 1):
             raise ValueError(
                 f"RankAdaptive: method={method!r} has no windows and no budget, expected every=1, budget=None, "
@@ -143,8 +143,7 @@ class RankAdaptive(NetworkOptimizer):
             reserve = 0
         self.method, self.reserve, self.every, self.window, self.budget = method, reserve, every, window, budget
         self.settle_at, self.fixed = settle, False
-        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
-        self.steps = 0
+        self.generator: torch.Generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.history: list[dict[str, Any]] = []
         self._warned: set[str] = set()
         self._tracks = [
@@ -159,7 +158,7 @@ class RankAdaptive(NetworkOptimizer):
         if budget is not None:
             check_budget([track.layer.network for track in self._tracks], min_rank, budget)
         self._run([self._opening(track, first=True) for track in self._tracks])
-        agree(self._tracks, self.generator, gauged=not self._by_closure)
+        self._agree()
         usual = partial(
             torch.optim.AdamW,
             lr=lr,
@@ -254,7 +253,7 @@ class RankAdaptive(NetworkOptimizer):
         if settling:
             self.fixed = True
         self._run([self._renewing(track, net) for track, net in zip(self._tracks, nets, strict=True)])
-        agree(self._tracks, self.generator, gauged=True)
+        self._agree()
         self.history.append({"step": self.steps, "ranks": self.ranks()})
 
     def _cut_to_budget(self, nets: list[Network], settling: bool) -> list[Network]:
@@ -354,7 +353,7 @@ class RankAdaptive(NetworkOptimizer):
         if group["weight_decay"]:
             nets = [scale(net, 1 - group["lr"] * group["weight_decay"]) for net in nets]
         self._run([self._opening(track, net) for track, net in zip(self._tracks, nets, strict=True)])
-        agree(self._tracks, self.generator, gauged=False)
+        self._agree()
         self.history.append({"step": self.steps, "ranks": self.ranks()})
         return losses[0] if losses else None
 
@@ -419,31 +418,14 @@ class RankAdaptive(NetworkOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
-        self._reopen()
-        group = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         return {
-            "tracks": [track.state() for track in self._tracks],
-            "group": group,
-            "inner": self._inner_state(),
-            "steps": self.steps,
+            **super().state_dict(),
             "fixed": self.fixed,
             "generator": self.generator.get_state(),
             "history": copy.deepcopy(self.history),
         }
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a state was saved; the layers' weights are set to it too.
-
-        Raises:
-            ValueError: the state of another model.
-        """
-        self._check_names([state["names"] for state in state_dict["tracks"]])
-        self.steps, self.fixed = state_dict["steps"], state_dict["fixed"]
+    def _load_more(self, state_dict: dict[str, Any]) -> None:
+        self.fixed = state_dict["fixed"]
         self.generator.set_state(state_dict["generator"].cpu())
         self.history = copy.deepcopy(state_dict["history"])
-        self._load_groups(state_dict["group"], state_dict["inner"])
-        for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
-            track.load(state, gauged=not self._by_closure)
-        self._group_probes()
-        agree(self._tracks, self.generator, gauged=not self._by_closure)

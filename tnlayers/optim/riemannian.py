@@ -8,7 +8,7 @@ depends on the tensor W alone: other cores for the same W give the same steps.
 
 from collections.abc import Callable
 from functools import partial
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ from decompositions.geometry.gauges import gauging
 from decompositions.geometry.retraction import follow, galerkin_retracting
 from decompositions.geometry.tangent import gauge_fix
 from decompositions.lockstep import Job
-from tnlayers.optim.agreement import agree
 from tnlayers.optim.engine import Inner, NetworkOptimizer
 from tnlayers.optim.models import trees
+from tnlayers.optim.options import integer, number, refuse
 from tnlayers.optim.ranks import Ranks
 from tnlayers.optim.track import Track
 from tnlayers.window import Window
@@ -38,17 +38,15 @@ class _Riemannian(NetworkOptimizer):
     ) -> None:
         name = type(self).__name__
         self._check_model(model)
-        rules = [
-            ("lr", isinstance(defaults["lr"], int | float) and 0 <= defaults["lr"] < float("inf"), "a number >= 0"),
-            ("weight_decay", 0 <= defaults["weight_decay"] < float("inf"), "a number >= 0"),
-        ]
-        for key, right, expected in rules:
-            if not right or isinstance(defaults[key], bool):
-                raise ValueError(f"{name}: {key} must be {expected}, got {defaults[key]!r}")
-        if not isinstance(stabilize_every, int) or isinstance(stabilize_every, bool) or stabilize_every < 1:
-            raise ValueError(f"{name}: stabilize_every must be an int >= 1, got {stabilize_every!r}")
+        refuse(
+            name,
+            [
+                ("lr", defaults["lr"], number(defaults["lr"], 0), "a number >= 0"),
+                ("weight_decay", defaults["weight_decay"], number(defaults["weight_decay"], 0), "a number >= 0"),
+                ("stabilize_every", stabilize_every, integer(stabilize_every, 1), "an int >= 1"),
+            ],
+        )
         self.stabilize_every = stabilize_every
-        self.steps = 0
         self._tracks = [
             Track.start(names, layers, Ranks(None, None, 0, 1, None)) for names, layers in trees(model).values()
         ]
@@ -57,9 +55,8 @@ class _Riemannian(NetworkOptimizer):
                 f"{name}: the model must have a layer whose weight is a tree network with trainable cores, found none; "
                 "tensorize the model first, or use torch.optim.AdamW"
             )
-        self._generator = torch.Generator()
         self._run([self._starting(track) for track in self._tracks])
-        agree(self._tracks, self._generator, gauged=True)
+        self._agree()
         self._adopt(model, defaults, inner, usual)
 
     def _starting(self, track: Track) -> Job[None]:
@@ -104,7 +101,7 @@ class _Riemannian(NetworkOptimizer):
         self._run([self._moving(track) for track in moving])
         if self.inner is not None:
             self.inner.step()
-        agree(self._tracks, self._generator, gauged=True)
+        self._agree()
         return loss
 
     def _moving(self, track: Track) -> Job[None]:
@@ -129,37 +126,12 @@ class _Riemannian(NetworkOptimizer):
 
     def _direction(self, track: Track, gradients: list[Tensor]) -> list[Tensor]:
         """Update the moments by the gradients of the centers; the tangent step, gauge-fixed."""
-        raise NotImplementedError
+        raise TypeError("_Riemannian._direction: expected RiemannianSGD or RiemannianAdam, got the base")
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Ranks of every layer, in the order of `layer.network.bonds`."""
         self._reopen()
         return {name: track.window.point.ranks for track in self._tracks for name in track.names}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on besides the model: resumed runs agree bit by bit."""
-        self._reopen()
-        return {
-            "tracks": [track.state() for track in self._tracks],
-            "group": {key: value for key, value in self.param_groups[0].items() if key != "params"},
-            "inner": self._inner_state(),
-            "steps": self.steps,
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a state was saved; the layers' weights are set to it too.
-
-        Raises:
-            ValueError: the state of another model.
-        """
-        self._check_names([state["names"] for state in state_dict["tracks"]])
-        self.steps = state_dict["steps"]
-        self._load_groups(state_dict["group"], state_dict["inner"])
-        for track, state in zip(self._tracks, state_dict["tracks"], strict=True):
-            track.load(state, gauged=True)
-        self._group_probes()
-        agree(self._tracks, self._generator, gauged=True)
 
 
 class RiemannianSGD(_Riemannian):
@@ -209,8 +181,7 @@ class RiemannianSGD(_Riemannian):
         inner: Inner | None = None,
         stabilize_every: int = 50,
     ) -> None:
-        if not isinstance(momentum, int | float) or isinstance(momentum, bool) or not 0 <= momentum < 1:
-            raise ValueError(f"RiemannianSGD: momentum must be a number in [0, 1), got {momentum!r}")
+        refuse("RiemannianSGD", [("momentum", momentum, number(momentum, 0, 1), "a number in [0, 1)")])
         usual = partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, defaults, inner, usual, stabilize_every)
@@ -275,8 +246,8 @@ class RiemannianAdam(_Riemannian):
         stabilize_every: int = 50,
     ) -> None:
         pair = isinstance(betas, tuple | list) and len(betas) == 2
-        if not pair or not all(isinstance(b, int | float) and isfinite(b) and 0 <= b < 1 for b in betas):
-            raise ValueError(f"RiemannianAdam: betas must be two numbers in [0, 1), got {betas!r}")
+        decays = pair and all(number(beta, 0, 1) for beta in betas)
+        refuse("RiemannianAdam", [("betas", betas, decays, "two numbers in [0, 1)")])
         usual = partial(torch.optim.AdamW, lr=lr, betas=betas, weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(model, defaults, inner, usual, stabilize_every)
