@@ -1,0 +1,110 @@
+"""One factorization for every rank: against the brute-force optimum, in the norm of both sides."""
+
+import math
+
+import pytest
+import torch
+
+from decompositions import to_dense, weighted_low_rank
+from decompositions.weighted_spectrum import WeightedSpectrum
+
+F64 = torch.float64
+
+
+def problem(m=7, n=9, k=30, p=25, seed=0, decay=1.0):
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, dtype=F64, generator=rng)
+    x = torch.randn(k, n, dtype=F64, generator=rng) * torch.logspace(0, -decay, n, dtype=F64)
+    g = torch.randn(p, m, dtype=F64, generator=rng) * torch.logspace(0, -decay, m, dtype=F64)
+    return weight, x, g
+
+
+def ridged(g, ridge=1e-2):
+    m = g.shape[1]
+    return torch.cat([g, torch.eye(m, dtype=g.dtype) * math.sqrt(ridge / m) * g.norm()])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("inputs", "outputs"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("shape", [(7, 9), (9, 7), (5, 5)])
+def test_the_error_is_the_tail_and_no_matrix_of_that_rank_is_better(seed, inputs, outputs, shape):
+    weight, x, g = problem(*shape, seed=seed)
+    held = WeightedSpectrum(weight, x if inputs else None, g if outputs else None)
+    left = ridged(g) if outputs else torch.eye(shape[0], dtype=F64)
+    right = x if inputs else torch.eye(shape[1], dtype=F64)
+    for rank in range(1, 1 + min(shape)):
+        net = held.network(rank)
+        error = float((left @ (weight - to_dense(net)) @ right.mT).norm())
+        tail = float(held.values[rank:].norm())
+        size = float(held.values.norm())
+        assert abs(error - tail) < 1e-12 * size  # Eckart-Young: the least error of any matrix of this rank
+        assert abs(held.error(net) - tail) < 1e-12 * size
+        for core in (net.cores[0], net.cores[2]):
+            assert torch.allclose(core.mT @ core, torch.eye(rank, dtype=F64), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_gradients_it_is_the_weighted_low_rank(seed):
+    weight, x, _ = problem(seed=seed)
+    assert torch.allclose(
+        to_dense(WeightedSpectrum(weight, x).network(3)), to_dense(weighted_low_rank(weight, x, rank=3)), atol=1e-12
+    )
+
+
+def test_a_diagonal_is_its_matrix():
+    weight, x, g = problem()
+    diagonal = x.square().sum(0).sqrt()
+    one, other = WeightedSpectrum(weight, diagonal, g), WeightedSpectrum(weight, torch.diag(diagonal), g)
+    assert torch.allclose(one.values, other.values, atol=1e-12)
+    assert torch.allclose(to_dense(one.network(4)), to_dense(other.network(4)), atol=1e-10)
+
+
+def test_mixtures_of_tokens_change_nothing(rng):
+    weight, x, g = problem()
+    turn = torch.linalg.qr(torch.randn(30, 30, dtype=F64, generator=rng)).Q
+    one, other = WeightedSpectrum(weight, x, g), WeightedSpectrum(weight, turn @ x, torch.linalg.qr(g, mode="r").R)
+    assert torch.allclose(one.values, other.values, atol=1e-12)
+    assert torch.allclose(to_dense(one.network(4)), to_dense(other.network(4)), atol=1e-10)
+
+
+def test_singular_inputs_and_outputs_are_no_trouble():
+    weight, x, g = problem(decay=40.0)
+    x[:, 3:] = 0
+    g[:, 4:] = 0
+    for inputs in (x, torch.zeros_like(x)):
+        for outputs in (g, torch.zeros_like(g)):
+            held = WeightedSpectrum(weight, inputs, outputs)
+            for rank in (1, 3, 7):
+                net = held.network(rank)
+                assert all(torch.isfinite(core).all() for core in net.cores)
+                assert held.error(net) <= float(held.values[rank:].norm()) + 1e-10 * weight.norm() * max(1, x.norm())
+
+
+def test_float32_is_near_float64():
+    weight, x, g = problem(decay=10.0)
+    truth = WeightedSpectrum(weight, x, g)
+    net = WeightedSpectrum(weight.float(), x.float(), g.float()).network(3)
+    assert net.dtype == torch.float32
+    assert truth.error(to_dense(net)) < (1 + 1e-5) * float(truth.values[3:].norm())
+
+
+def test_half_weights_are_computed_in_single():
+    weight, x, g = problem()
+    held = WeightedSpectrum(weight.bfloat16(), x.bfloat16(), g.bfloat16())
+    assert held.values.dtype == torch.float32
+    assert held.network(2).dtype == torch.bfloat16
+
+
+def test_it_refuses_factors_that_do_not_fit():
+    weight, x, g = problem()
+    with pytest.raises(ValueError, match=r"inputs must be \(k, 9\)"):
+        WeightedSpectrum(weight, g)
+    with pytest.raises(ValueError, match=r"outputs must be \(k, 7\)"):
+        WeightedSpectrum(weight, x, x)
+    with pytest.raises(ValueError, match="ridge"):
+        WeightedSpectrum(weight, x, g, ridge=-1)
+    with pytest.raises(ValueError, match="NaN"):
+        WeightedSpectrum(weight, x * float("nan"))
+    for rank in (0, 8, True, 2.0):
+        with pytest.raises(ValueError, match=r"1\.\.7"):
+            WeightedSpectrum(weight, x).network(rank)
