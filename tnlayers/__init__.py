@@ -1,7 +1,9 @@
 """Neural-network layers whose weight is a tensor network, and the conversion of whole models."""
 
+from tnlayers.calibration import Calibration as Calibration
 from tnlayers.checkpoint import load as load
 from tnlayers.checkpoint import save as save
+from tnlayers.collect import collect as collect
 from tnlayers.compile import compile as compile
 from tnlayers.contraction_layers import TensorContraction as TensorContraction
 from tnlayers.contraction_layers import TensorRegression as TensorRegression
