@@ -1,4 +1,4 @@
-"""What the layers of a model saw: triangular factors of their inputs and of the gradients at their outputs, in one file."""
+"""What the layers of a model saw: factors of their inputs and of the gradients at their outputs, in one file."""
 
 import copy
 import json

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def collect(
                 "it, or give another name"
             )
         held = found
-    total = len(batches) if hasattr(batches, "__len__") else 0
+    total = len(batches) if isinstance(batches, Sized) else 0
     skipped, written = held.batches, held.batches
     with (
         _watched(wanted, held, mode, bool(gradients), outputs, dtype) as watch,
@@ -107,10 +107,10 @@ def collect(
                 continue
             watch.masks = _masks(batch, mask)
             generator = torch.Generator().manual_seed(seed + number)
-            with torch.set_grad_enabled(bool(gradients)):
+            with torch.set_grad_enabled(backward):
                 made = call(model, batch)
                 watch.flush()
-                if gradients:
+                if backward:
                     z = gradients(made, batch) if callable(gradients) else _preserved(made)
                     value, power = _probe(z, callable(gradients), made, watch.masks, generator)
                     watch.backward(value)
@@ -170,14 +170,12 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 def _is_quantized(module: nn.Module) -> bool:
     """Whether a module stands for a matrix that it keeps in another form than floating numbers."""
-    weight = getattr(module, "weight", None)
-    if not hasattr(module, "in_features") or (isinstance(weight, nn.Parameter) and weight.is_floating_point()):
+    if not hasattr(module, "in_features"):
         return False
-    return (
-        (isinstance(weight, Tensor) and not weight.is_floating_point())
-        or hasattr(module, "qweight")
-        or callable(weight)
-    )
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return not (weight.is_floating_point() or weight.is_complex())
+    return hasattr(module, "qweight") or callable(weight)
 
 
 @contextmanager
@@ -192,7 +190,7 @@ def _evaluating(model: nn.Module, gradients: bool, wanted: Sequence[Site]) -> It
             parameter.requires_grad_(False)
         if gradients:
             for site in wanted:
-                site.module.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+                site.module.weight.requires_grad_(True)
         yield
     finally:
         for module, training in modes:
@@ -252,7 +250,9 @@ class _Pending:
     """Inputs that were handed to one or more layers in a row and are not yet counted."""
 
     def __init__(self, leader: str, x: Tensor, mask: Tensor | None) -> None:
-        self.leader, self.x, self.mask = leader, x, mask
+        # the values are copied: the model may overwrite them before they are counted; the tensor itself is held so that
+        # its memory cannot become another one's
+        self.leader, self.x, self.values, self.mask = leader, x, x.clone(), mask
         self.version, self.seen = x._version, {leader}
 
     def is_same(self, x: Tensor) -> bool:
@@ -293,12 +293,11 @@ class _Watch:
             return
         if self._pending is not None and self._pending.is_same(x):
             leader = self.held.layers[self._pending.leader]
-            same_kind = layer.kind == leader.kind == "matrix"
-            if same_kind and (layer.inputs is leader.inputs or (layer.tokens == leader.tokens == 0)):
-                if name not in self._pending.seen:
-                    self._pending.seen.add(name)
-                    layer.inputs = leader.inputs
-                    return
+            together = layer.inputs is leader.inputs or (layer.tokens == leader.tokens == 0 and layer.inputs is None)
+            if together and layer.kind == leader.kind == "matrix" and name not in self._pending.seen:
+                self._pending.seen.add(name)
+                layer.inputs = leader.inputs
+                return
         self.flush()
         if layer.inputs is None:
             features = features_of(module)[0]
@@ -322,12 +321,12 @@ class _Watch:
         try:
             if layer.kind == "kernel":
                 sides = len(module.kernel_size)
-                x = pending.x if pending.x.ndim == sides + 2 else pending.x.unsqueeze(0)
+                x = pending.values if pending.values.ndim == sides + 2 else pending.values.unsqueeze(0)
                 each = max(1, ENTRIES // max(1, x[0].numel() * features_of(module)[0] * module.groups // x.shape[1]))
                 for part in x.split(each):
                     layer.inputs.update(input_rows(module, part))
             else:
-                layer.inputs.update(input_rows(module, pending.x), pending.mask)
+                layer.inputs.update(input_rows(module, pending.values), pending.mask)
         except ValueError as error:
             raise ValueError(f"collect: {', '.join(sorted(pending.seen))}: {error}") from None
         for name in pending.seen:
