@@ -1,14 +1,15 @@
-"""Low rank in the norm of activations: the factor that holds them, and the best approximation of `W X`."""
+"""Low rank in the norm of activations: the best approximation of `W X`, its bounds, and that of `L W X`."""
 
 import warnings
-from math import isfinite
+from math import inf, isfinite, sqrt
 from numbers import Real
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Inexact
+from jaxtyping import Inexact
 from torch import Tensor
 
+from decompositions.activation_factor import ActivationFactor as ActivationFactor
 from decompositions.formats.low_rank import LowRank
 from decompositions.linalg import (
     accumulate_dtype,
@@ -25,105 +26,6 @@ from decompositions.linalg import (
 
 class CalibrationWarning(UserWarning):
     """Activations say too little; the message states what was done instead."""
-
-
-class ActivationFactor:
-    """Upper triangle R of activations, `X^H X = R^H R` for X (tokens, n), by streaming QR: never a Gram matrix.
-
-    All that a weighted decomposition needs of X, in n^2 numbers whatever the number of tokens. Chunks may come in any
-    order and size; a unitary mixture of tokens changes nothing.
-    Cost: 2 tokens n^2 multiplications, memory of R, of a pending block of n tokens, and of their QR.
-
-    Args:
-        features: n.
-        dtype: of R; float32 by default, half types are computed in float32.
-        device: of R.
-
-    Raises:
-        ValueError: fewer than one feature.
-
-    References:
-        J. Demmel, L. Grigori, M. Hoemmen, J. Langou, Communication-optimal parallel and sequential QR and LU
-        factorizations, SIAM J. Sci. Comput. 2012 (TSQR); COALA, NeurIPS 2025, arXiv 2507.07580.
-
-    Example:
-        >>> import torch
-        >>> x = torch.randn(100, 4, dtype=torch.float64)
-        >>> held = ActivationFactor(4, dtype=torch.float64)
-        >>> for chunk in x.split(30):
-        ...     held.update(chunk)
-        >>> held.count, torch.allclose(held.factor.T @ held.factor, x.T @ x)
-        (100, True)
-    """
-
-    def __init__(
-        self, features: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> None:
-        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-            raise ValueError(f"ActivationFactor: features must be an int >= 1, got {features!r}")
-        self.features: int = features
-        self.count: int = 0
-        """Tokens seen, those that were masked left out."""
-        work = accumulate_dtype(torch.float32 if dtype is None else dtype)
-        self._triangle: Tensor = torch.zeros(0, features, dtype=work, device=device)
-        self._pending: list[Tensor] = []
-
-    def update(self, x: Inexact[Tensor, "..."], mask: Bool[Tensor, "..."] | None = None) -> None:
-        """Add activations (..., n); `mask` (...) says which tokens count.
-
-        Raises:
-            ValueError: another width, a mask of another shape, NaN or infinity; nothing was added then.
-        """
-        if x.ndim < 1 or x.shape[-1] != self.features:
-            raise ValueError(
-                f"ActivationFactor.update: the last axis must hold the features, expected {self.features}, got shape "
-                f"{tuple(x.shape)}"
-            )
-        if mask is not None and mask.shape != x.shape[:-1]:
-            raise ValueError(
-                f"ActivationFactor.update: the mask must have one entry a token, expected {tuple(x.shape[:-1])}, got "
-                f"{tuple(mask.shape)}"
-            )
-        rows = x.detach().reshape(-1, self.features) if mask is None else x.detach()[mask]
-        rows = rows.to(device=self._triangle.device, dtype=self._triangle.dtype)
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError(
-                "ActivationFactor.update: activations must be finite, got NaN or infinity; calibrate in float32 or "
-                "bfloat16, and look at the layer before"
-            )
-        self.count += len(rows)
-        for part in rows.split(self.features):
-            self._pending.append(part.clone())
-            if sum(map(len, self._pending)) >= self.features:
-                self._fold()
-
-    def _fold(self) -> None:
-        if self._pending:
-            stacked = torch.cat([self._triangle, *self._pending])
-            self._pending = []
-            self._triangle = torch.linalg.qr(stacked, mode="r").R
-
-    def merge(self, other: "ActivationFactor") -> None:
-        """Add what another factor has seen (another worker's, another file's).
-
-        Raises:
-            ValueError: another number of features.
-        """
-        if other.features != self.features:
-            raise ValueError(f"ActivationFactor.merge: expected {self.features} features as here, got {other.features}")
-        seen = self.count + other.count
-        self.update(other.factor)
-        self._fold()
-        self.count = seen
-
-    @property
-    def factor(self) -> Tensor:
-        """R, (n, n) and upper triangular; rows of zeros where fewer than n tokens were seen."""
-        self._fold()
-        return torch.nn.functional.pad(self._triangle, (0, 0, 0, self.features - len(self._triangle)))
-
-    def __repr__(self) -> str:
-        return f"ActivationFactor({self.features} features, {self.count} tokens)"
 
 
 def weighted_low_rank(
@@ -180,25 +82,15 @@ def weighted_low_rank(
     check_tol("weighted_low_rank", tol)
     if rank is None and tol is None:
         raise ValueError("weighted_low_rank: give a rank or a tol, got neither")
-    right = mu == "adaptive" or (
-        isinstance(mu, Real) and not isinstance(mu, bool) and isfinite(float(mu)) and float(mu) >= 0
-    )
-    if not right:
-        raise ValueError(f"weighted_low_rank: mu must be a number >= 0 or 'adaptive', got {mu!r}")
+    check_mu("weighted_low_rank", mu)
     flat = weight.detach().flatten(1)
     m, n = flat.shape
-    held = factor.factor if isinstance(factor, ActivationFactor) else factor.detach()
-    if held.ndim != 2 or held.shape[1] != n:
-        raise ValueError(
-            f"weighted_low_rank: the factor must have the width of the weight, expected (k, {n}), got "
-            f"{tuple(held.shape)}"
-        )
-    check_finite("weighted_low_rank", held)
+    held = weighting("weighted_low_rank", factor, n)
     (cap,) = check_ranks("weighted_low_rank", rank, [min(m, n)])
-    work = torch.promote_types(accumulate_dtype(weight.dtype), accumulate_dtype(held.dtype))
-    w, r = flat.to(work), held.to(device=flat.device, dtype=work)
-    if len(r) > n:
-        r = torch.linalg.qr(r, mode="r").R
+    # the factor is as good as its dtype; what is done with it must not add to that where its spectrum is steep
+    eps = torch.finfo(torch.promote_types(accumulate_dtype(weight.dtype), accumulate_dtype(held.dtype))).eps
+    work = torch.promote_types(torch.promote_types(weight.dtype, held.dtype), torch.float64)
+    w, r = flat.to(work), upper(held.to(flat.device, accumulate_dtype(held.dtype))).to(work)
     if not bool(r.any()):
         warnings.warn(
             "weighted_low_rank: no activations, or all of them zero: the plain truncated SVD of the weight was taken; "
@@ -207,52 +99,280 @@ def weighted_low_rank(
             stacklevel=2,
         )
         r, minimum_norm = torch.eye(n, dtype=work, device=w.device), False
-    basis, error = _leading(w, r, cap, tol)
+    basis, error = _leading(w, r, cap, tol, eps)
     if mu == "adaptive":
         rest = w - basis @ (basis.mH @ w)
-        plain = float(torch.linalg.vector_norm(rest.double()))
-        mu = (float(torch.linalg.vector_norm((rest @ r.mH).double())) / plain) ** 2 if plain > 0 else 0.0
+        plain = float(torch.linalg.vector_norm(rest))
+        mu = (float(torch.linalg.vector_norm(rest @ r.mH)) / plain) ** 2 if plain > 0 else 0.0
     if mu:
-        eye = torch.eye(n, dtype=work, device=w.device) * float(mu) ** 0.5
-        basis, error = _leading(w, torch.linalg.qr(torch.cat([r, eye]), mode="r").R, cap, tol)
+        basis, error = _leading(w, damped(r, float(mu)), cap, tol, eps)
     if tol is not None and error > tol * (1 + 1e-6):
         warn_truncation("weighted_low_rank", error, tol, "the rank binds")
     inner = basis.mH @ w
     if minimum_norm:
-        inner = inner @ _span(r)
+        inner = inner @ _span(r, eps)
     q, s = positive_qr(inner.mH)
     net = LowRank(basis.to(weight.dtype), s.mH.contiguous().to(weight.dtype), q.conj().to(weight.dtype))
     if not with_error:
         return net
-    double = torch.promote_types(work, torch.float64)
+    u, middle, v = (core.to(work) for core in net.cores)
+    whole = float(torch.linalg.vector_norm(w @ r.mH)) or 1.0
+    return net, float(torch.linalg.vector_norm((w - u @ middle @ v.mT) @ r.mH)) / whole
+
+
+def regularization_bound(
+    weight: Inexact[Tensor, "m *n"],
+    factor: ActivationFactor | Inexact[Tensor, "k n"],
+    rank: int,
+    mu: int | float,
+) -> float:
+    """How far mu may take the result of `weighted_low_rank`: a bound of `‖W'_mu - W'_0‖`.
+
+    `‖W'_mu - W'_0‖ <= 2 sqrt(2) mu ‖W W^H‖_F ‖W‖_2 / g` with the gap `g = sigma_r(W X)^2 - sigma_{r+1}(W X)^2`: linear
+    in mu. Both are projections of W on the leading eigenvectors of `W (X^H X + mu I) W^H`, and these turn by no more
+    (Davis and Kahan, in the form that needs the gap at mu = 0 alone). inf where the gap is rounding: W'_0 is then one
+    of many. Computed in double precision, from the factor given.
+    Cost: an SVD of `W R^H`, and one of W.
+
+    Args:
+        weight: (m, n), or a kernel (m, *n) taken as the matrix m x n.
+        factor: of the activations; or any (k, n) matrix F with `F^H F = X^H X`.
+        rank: r.
+        mu: weight of the plain error, >= 0.
+
+    Raises:
+        ValueError: NaN or infinity; a factor of another width; a rank below 1; a mu that is negative.
+
+    References:
+        Y. Yu, T. Wang, R. Samworth, A useful variant of the Davis-Kahan theorem for statisticians, Biometrika 2015,
+        theorem 2; the constants for this use are our own.
+
+    Example:
+        >>> import torch
+        >>> w, x = torch.diag(torch.tensor([2.0, 1.0])), torch.eye(2)
+        >>> round(regularization_bound(w, x, 1, 0.01), 4)
+        0.0777
+    """
+    name = "regularization_bound"
+    check_kind(name, weight, min_order=2)
+    check_finite(name, weight)
+    if mu == "adaptive":
+        raise ValueError(f"{name}: mu must be a number >= 0, got 'adaptive'; give the number that it became")
+    check_mu(name, mu)
+    flat = weight.detach().flatten(1)
+    m, n = flat.shape
+    held = weighting(name, factor, n)
+    (r,) = check_ranks(name, rank, [min(m, n)])
+    double = torch.promote_types(torch.promote_types(flat.dtype, held.dtype), torch.float64)
+    w = flat.to(double)
+    on_data = torch.linalg.svdvals(w @ upper(held.to(device=w.device, dtype=double)).mH).square()
+    squares = torch.zeros(m + 1, dtype=on_data.dtype, device=w.device)
+    squares[: len(on_data)] = on_data
+    if r >= m or mu == 0:
+        return 0.0  # U_r spans everything
+    gap = float(squares[r - 1] - squares[r])
+    if gap <= 8 * max(m, n) * torch.finfo(torch.float64).eps * float(squares[0]):
+        return inf
+    plain = torch.linalg.svdvals(w)
+    return 2 * sqrt(2) * float(mu) * float(torch.linalg.vector_norm(plain.square())) * float(plain[0]) / gap
+
+
+def two_sided_low_rank(
+    weight: Inexact[Tensor, "m *n"],
+    factor: ActivationFactor | Inexact[Tensor, "k n"],
+    left: ActivationFactor | Inexact[Tensor, "p m"],
+    *,
+    rank: int | None = None,
+    tol: float | None = None,
+    mu: int | float = 0.0,
+    damping: float = 1e-6,
+    with_error: bool = False,
+) -> LowRank | tuple[LowRank, float]:
+    """The W' of given rank with the least `‖L (W - W') R^H‖`: both sides of a layer have their say.
+
+    L holds what the outputs are worth, such as the triangular factor of their gradients (Fisher information) or of the
+    weight that reads them. With U_r the leading left singular vectors of `L W R^H`, `W' = L^-1 U_r U_r^H L W`, where
+    `L^H L` stands for `L^H L + damping ‖L‖_2^2 I`, so that the one solve has a condition number below
+    `damping^(-1/2)`, and outputs without any worth keep a little. R is never inverted. Only the directions of L count,
+    and their sizes relative to one another.
+    `tol` bounds the relative error of the objective (with [R; sqrt(mu) I] for R, and the damped L) by the least rank.
+    Cost: an SVD of m x n and a QR of 2m x m, in double precision.
+
+    Args:
+        weight: (m, n), or a kernel (m, *n) taken as the matrix m x n.
+        factor: of the activations; or any (k, n) matrix F with `F^H F = X^H X`.
+        left: of the output side: a factor of m features, or any (p, m) matrix.
+        rank: cap for the rank.
+        tol: relative error of the objective.
+        mu: as in `weighted_low_rank`, a number.
+        damping: > 0, relative to the largest squared singular value of L.
+        with_error: return `(network, ‖L (W - W') R^H‖ / ‖L W R^H‖)`, of the L and R that were given.
+
+    Returns:
+        LowRank(U, S, V) with orthonormal U and V; S is square, not diagonal.
+
+    Raises:
+        ValueError: NaN or infinity; factors of other widths; neither rank nor tol; mu < 0; damping outside of (0, 1].
+
+    References:
+        Y.-C. Hsu et al., Language model compression with weighted low-rank factorization, ICLR 2022, arXiv 2207.00112,
+        for a diagonal L; the inversion-free side is that of COALA, arXiv 2507.07580.
+
+    Example:
+        >>> import torch
+        >>> w, x, gradients = torch.randn(8, 6), torch.randn(50, 6), torch.randn(40, 8)
+        >>> net, error = two_sided_low_rank(w, x, gradients, rank=6, with_error=True)
+        >>> net.ranks, error < 1e-5
+        ((6, 6), True)
+    """
+    name = "two_sided_low_rank"
+    check_kind(name, weight, min_order=2)
+    check_finite(name, weight)
+    check_tol(name, tol)
+    if rank is None and tol is None:
+        raise ValueError(f"{name}: give a rank or a tol, got neither")
+    if mu == "adaptive":
+        raise ValueError(f"{name}: mu must be a number >= 0, got 'adaptive'; weighted_low_rank knows it")
+    check_mu(name, mu)
+    if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 < damping <= 1:
+        raise ValueError(f"{name}: damping must be in (0, 1], got {damping!r}")
+    flat = weight.detach().flatten(1)
+    m, n = flat.shape
+    (cap,) = check_ranks(name, rank, [min(m, n)])
+    sides = weighting(name, left, m), weighting(name, factor, n)
+    double = torch.promote_types(torch.promote_types(flat.dtype, sides[0].dtype), sides[1].dtype)
+    double = torch.promote_types(double, torch.float64)
+    w = flat.to(double)
+    given, r = (upper(side.to(device=w.device, dtype=double)) for side in sides)
+    for side, size, what in ((given, m, "output weights"), (r, n, "activations")):
+        if not bool(side.any()):
+            warnings.warn(
+                f"{name}: no {what}, or all of them zero: that side was left without a weight",
+                CalibrationWarning,
+                stacklevel=2,
+            )
+            side.resize_(size, size).copy_(torch.eye(size, dtype=double))
+    lower = damped(given, damping * float(torch.linalg.matrix_norm(given, 2)) ** 2)
+    weighed = lower @ w
+    basis, error = _leading(weighed, damped(r, float(mu)) if mu else r, cap, tol, torch.finfo(double).eps)
+    if tol is not None and error > tol * (1 + 1e-6):
+        warn_truncation(name, error, tol, "the rank binds")
+    q, s = positive_qr((basis.mH @ weighed).mH)
+    u, t = positive_qr(torch.linalg.solve_triangular(lower, basis, upper=True))
+    net = LowRank(u.to(weight.dtype), (t @ s.mH).to(weight.dtype), q.conj().to(weight.dtype))
+    if not with_error:
+        return net
     u, middle, v = (core.to(double) for core in net.cores)
-    wide = r.to(double).mH
-    whole = float(torch.linalg.vector_norm(w.to(double) @ wide)) or 1.0
-    return net, float(torch.linalg.vector_norm((w.to(double) - u @ middle @ v.mT) @ wide)) / whole
+    whole = float(torch.linalg.vector_norm(given @ w @ r.mH)) or 1.0
+    return net, float(torch.linalg.vector_norm(given @ (w - u @ middle @ v.mT) @ r.mH)) / whole
 
 
-def _leading(w: Tensor, r: Tensor, cap: int, tol: float | None) -> tuple[Tensor, float]:
-    """Leading left singular vectors of `w r^H`, at most `cap`, and the relative tail."""
-    u, s, _ = safe_svd(w @ r.mH)
-    squares = s.double().square()
+def check_mu(name: str, mu: object) -> None:
+    """Refuse a weight of the plain error that is neither a number >= 0 nor "adaptive"."""
+    number = isinstance(mu, Real) and not isinstance(mu, bool) and isfinite(float(mu)) and float(mu) >= 0
+    if not number and mu != "adaptive":
+        raise ValueError(f"{name}: mu must be a number >= 0 or 'adaptive', got {mu!r}")
+
+
+def weighting(name: str, factor: ActivationFactor | Tensor, width: int) -> Tensor:
+    """The matrix (k, width) that a caller gave as weights of one side.
+
+    Raises:
+        ValueError: another width, NaN or infinity.
+    """
+    held = factor.factor if isinstance(factor, ActivationFactor) else factor.detach()
+    if held.ndim != 2 or held.shape[1] != width:
+        raise ValueError(
+            f"{name}: the factor must have the width of the weight, expected (k, {width}), got {tuple(held.shape)}"
+        )
+    if len(held) == 0:  # no activation at all
+        return held.new_zeros(1, width)
+    check_finite(name, held)
+    return held
+
+
+def upper(r: Tensor) -> Tensor:
+    """At most n rows with the same `R^H R`."""
+    return torch.linalg.qr(r, mode="r").R if r.shape[0] > r.shape[1] else r
+
+
+def damped(r: Tensor, mu: float) -> Tensor:
+    """Upper triangle of `[R; sqrt(mu) I]`."""
+    eye = torch.eye(r.shape[1], dtype=r.dtype, device=r.device) * mu**0.5
+    return torch.linalg.qr(torch.cat([r, eye]), mode="r").R
+
+
+def weighted_directions(
+    weight: Inexact[Tensor, "m *n"],
+    factor: ActivationFactor | Inexact[Tensor, "k n"],
+    *,
+    mu: int | float = 0.0,
+) -> tuple[Inexact[Tensor, "m s"], Inexact[Tensor, "s"]]:
+    """Left singular vectors and singular values of `W [R; sqrt(mu) I]^H`: every rank from one decomposition.
+
+    `W' = U_r U_r^H W` is what `weighted_low_rank` makes of rank r (as long as sigma_r > 0), and the weighted error of
+    it is the root of the sum of the later squares.
+    Cost: an SVD of an s x s matrix, s = min(m, n), and a QR, in double precision.
+
+    Args:
+        weight: (m, n), or a kernel (m, *n) taken as the matrix m x n.
+        factor: of the activations; or any (k, n) matrix F with `F^H F = X^H X`.
+        mu: weight of the plain error, >= 0.
+
+    Returns:
+        U (m, s) with orthonormal columns and the singular values (s,), descending, in double precision.
+
+    Raises:
+        ValueError: NaN or infinity; a factor of another width; a mu that is negative.
+
+    Example:
+        >>> import torch
+        >>> u, s = weighted_directions(torch.eye(2), torch.diag(torch.tensor([3.0, 4.0])))
+        >>> [round(float(value), 6) for value in s]
+        [4.0, 3.0]
+    """
+    name = "weighted_directions"
+    check_kind(name, weight, min_order=2)
+    check_finite(name, weight)
+    if mu == "adaptive":
+        raise ValueError(f"{name}: mu must be a number >= 0, got 'adaptive'; it depends on a rank")
+    check_mu(name, mu)
+    flat = weight.detach().flatten(1)
+    held = weighting(name, factor, flat.shape[1])
+    work = torch.promote_types(torch.promote_types(weight.dtype, held.dtype), torch.float64)
+    r = upper(held.to(flat.device, accumulate_dtype(held.dtype))).to(work)
+    u, s = _left_singular(flat.to(work) @ (damped(r, float(mu)) if mu else r).mH)
+    return u, s
+
+
+def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """U and the singular values; a wide matrix is reduced to a triangle first."""
+    u, s, _ = safe_svd(torch.linalg.qr(matrix.mH, mode="r").R.mH if matrix.shape[0] < matrix.shape[1] else matrix)
+    return u, s
+
+
+def _leading(w: Tensor, r: Tensor, cap: int, tol: float | None, eps: float) -> tuple[Tensor, float]:
+    """Leading left singular vectors of `w r^H`, at most `cap`, and the relative tail; below `eps` is noise."""
+    u, s = _left_singular(w @ r.mH)
+    squares = s.square()
     total = float(squares.sum())
     rank = min(cap, len(s))
     if tol is not None:
         rank = min(rank, truncation_rank(squares, tol**2 * total, len(s)))
     error = (float(squares[rank:].sum()) / (total or 1.0)) ** 0.5
-    alive = int((s > s[0] * max(w.shape) * torch.finfo(s.dtype).eps).sum())
+    alive = int((s > s[0] * max(w.shape) * eps).sum())
     wanted = rank if tol is not None else cap
     if alive >= wanted:
         return u[:, :rank], error
     # the data are held; what rank is left goes to what W has beside
     u = u[:, :alive]
-    more, _, _ = safe_svd(w - u @ (u.mH @ w))
+    more, _ = _left_singular(w - u @ (u.mH @ w))
     basis, _ = positive_qr(torch.cat([u, more[:, : wanted - alive]], 1))
     return basis, error
 
 
-def _span(r: Tensor) -> Tensor:
+def _span(r: Tensor, eps: float) -> Tensor:
     """Projector on the span of the activations, to rounding."""
     _, s, vh = safe_svd(r)
-    kept = vh[s > s[0] * max(r.shape) * torch.finfo(s.dtype).eps]
+    kept = vh[s > s[0] * max(r.shape) * eps]
     return kept.mH @ kept
