@@ -21,14 +21,14 @@ class WeightedSpectrum:
     r with the least `‖L (W - W') R^H‖` is `W' = L^-1 U_r U_r^H L W`, U_r the leading left singular vectors of
     `L W R^H`: the inputs' side is never inverted, however singular; the outputs' side is, made well conditioned by a
     ridge, `L^H L + mu I` with `mu = ridge ‖L‖^2 / m`. Its error is exactly the tail of `values`.
-    Without L this is `weighted_low_rank`, without both the truncated SVD; R may be a vector: a diagonal, as for an
-    embedding, whose inputs are counts.
+    Without L this is `weighted_low_rank`, without both the truncated SVD. A vector stands for a diagonal, such as the
+    counts that the inputs of an embedding are.
     Cost: QR of the long side and an SVD of the short one, once for all ranks.
 
     Args:
         weight: W, (m, n), or a kernel (m, *n) taken as a matrix.
         inputs: R, (k, n) with `R^H R = X^H X`, or (n,); None is the identity.
-        outputs: L, (p, m) with `L^H L = G^H G`; None is the identity.
+        outputs: L, (p, m) with `L^H L = G^H G`, or (m,); None is the identity.
         ridge: >= 0, see above.
 
     Raises:
@@ -50,7 +50,7 @@ class WeightedSpectrum:
         self,
         weight: Inexact[Tensor, "m *n"],
         inputs: Inexact[Tensor, "k n"] | Inexact[Tensor, "n"] | None = None,
-        outputs: Inexact[Tensor, "p m"] | None = None,
+        outputs: Inexact[Tensor, "p m"] | Inexact[Tensor, "m"] | None = None,
         *,
         ridge: int | float = RIDGE,
     ) -> None:
@@ -62,7 +62,7 @@ class WeightedSpectrum:
         m, n = flat.shape
         for what, factor, width in (("inputs", inputs, n), ("outputs", outputs, m)):
             if factor is not None:
-                if factor.shape[-1] != width or factor.ndim not in ((1, 2) if what == "inputs" else (2,)):
+                if factor.ndim not in (1, 2) or factor.shape[-1] != width:
                     raise ValueError(
                         f"WeightedSpectrum: the factor of the {what} must be (k, {width}), got {tuple(factor.shape)}"
                     )
@@ -75,7 +75,7 @@ class WeightedSpectrum:
         self._weight = flat.to(work)
         self._inputs = None if inputs is None else inputs.detach().to(device=flat.device, dtype=work)
         self._outputs = None if outputs is None else _regular(outputs.detach().to(flat.device, work), float(ridge))
-        self._left = self._weight if self._outputs is None else self._outputs @ self._weight
+        self._left = _weighed(self._outputs, self._weight)
         whole = _times(self._left, self._inputs)
         if whole.shape[1] > whole.shape[0]:
             whole = torch.linalg.qr(whole.mH, mode="r").R.mH
@@ -94,7 +94,12 @@ class WeightedSpectrum:
         basis = self._basis[:, :rank]
         inner = basis.mH @ self._left
         if self._outputs is not None:
-            basis = torch.linalg.solve_triangular(self._outputs, basis, upper=True)
+            whole = self._outputs.ndim == 2
+            basis = (
+                torch.linalg.solve_triangular(self._outputs, basis, upper=True)
+                if whole
+                else basis / self._outputs.unsqueeze(1)
+            )
         u, left = positive_qr(basis)
         v, right = positive_qr(inner.mH)
         middle = (left @ right.mH).contiguous()
@@ -106,8 +111,14 @@ class WeightedSpectrum:
             u, s, v = matrix.cores
             matrix = u @ s @ v.mT
         rest = self._weight - matrix.detach().flatten(1).to(self._weight)
-        rest = rest if self._outputs is None else self._outputs @ rest
-        return float(torch.linalg.vector_norm(_times(rest, self._inputs).double()))
+        return float(torch.linalg.vector_norm(_times(_weighed(self._outputs, rest), self._inputs).double()))
+
+
+def _weighed(factor: Tensor | None, matrix: Tensor) -> Tensor:
+    """`L matrix`."""
+    if factor is None:
+        return matrix
+    return factor.unsqueeze(1) * matrix if factor.ndim == 1 else factor @ matrix
 
 
 def _times(matrix: Tensor, factor: Tensor | None) -> Tensor:
@@ -119,8 +130,10 @@ def _times(matrix: Tensor, factor: Tensor | None) -> Tensor:
 
 def _regular(factor: Tensor, ridge: float) -> Tensor:
     """Square triangle of `[L; sqrt(mu) I]`; the identity for a factor of zeros, which says nothing."""
-    m = factor.shape[1]
+    m = factor.shape[-1]
     size = float(torch.linalg.vector_norm(factor.double()))
+    if factor.ndim == 1:
+        return torch.hypot(factor.abs(), factor.new_tensor(sqrt(ridge / m) * size)) if size else torch.ones_like(factor)
     eye = torch.eye(m, dtype=factor.dtype, device=factor.device)
     if size == 0:
         return eye

@@ -57,6 +57,11 @@ def test_a_diagonal_is_its_matrix():
     one, other = WeightedSpectrum(weight, diagonal, g), WeightedSpectrum(weight, torch.diag(diagonal), g)
     assert torch.allclose(one.values, other.values, atol=1e-12)
     assert torch.allclose(to_dense(one.network(4)), to_dense(other.network(4)), atol=1e-10)
+    sizes = g.square().sum(0).sqrt()
+    one, other = WeightedSpectrum(weight, x, sizes), WeightedSpectrum(weight, x, torch.diag(sizes))
+    assert torch.allclose(one.values, other.values, atol=1e-12)
+    assert torch.allclose(to_dense(one.network(4)), to_dense(other.network(4)), atol=1e-10)
+    assert abs(one.error(one.network(4)) - float(one.values[4:].norm())) < 1e-12 * float(one.values.norm())
 
 
 def test_mixtures_of_tokens_change_nothing(rng):

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,8 +167,8 @@ class LayerStatistics:
 
     kind: str
     inputs: Any = None
-    outputs: ActivationFactor | None = None
-    gradients: ActivationFactor | None = None
+    outputs: Any = None
+    gradients: Any = None
     tokens: int = 0
 
     def parts(self) -> Iterator[tuple[str, Any]]:
@@ -333,10 +332,3 @@ class Calibration:
             return cls.from_state(tensors, head)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"Calibration.load: {str(path)!r} cannot be read ({error}); collect again") from None
-
-
-def warn_plain(name: str, why: str) -> None:
-    """Say that a layer's calibration is empty and what is done instead."""
-    from decompositions.weighted import CalibrationWarning
-
-    warnings.warn(f"compress: {name}: {why}; its plain error counts instead", CalibrationWarning, stacklevel=3)

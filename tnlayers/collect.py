@@ -18,6 +18,9 @@ from tnlayers.surgery import Policy, Site, sites, stand_in_for, why_not
 Preserve = Callable[[Any, Any], Tensor]
 """What the compression should preserve: (outputs of the model, batch) -> tensor."""
 
+WIDE = 8192
+"""Widths above which a layer keeps a diagonal in place of a factor (n^2 numbers)."""
+
 ENTRIES = 1 << 22
 """Entries of the patches of a kernel that are laid out at once."""
 
@@ -31,6 +34,7 @@ def collect(
     exclude: Sequence[Any] = (),
     gradients: bool | Preserve = False,
     outputs: bool = False,
+    wide: int = WIDE,
     mask: str = "attention_mask",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -56,6 +60,7 @@ def collect(
         gradients: True, or a function (outputs, batch) -> z; True takes `logits`, `last_hidden_state` or the first
             tensor of the outputs.
         outputs: keep factors of the layers' outputs.
+        wide: inputs and gradients of more features are kept as a diagonal (the logits of a language model).
         mask: key of a batch (a dict) that says which tokens count, (batch, tokens); decoders have "decoder_" before it.
         seed: of v and of the labels, each batch for itself.
         dtype: of the factors.
@@ -98,10 +103,8 @@ def collect(
         held = found
     total = len(batches) if isinstance(batches, Sized) else 0
     skipped, written = held.batches, held.batches
-    with (
-        _watched(wanted, held, mode, bool(gradients), outputs, dtype) as watch,
-        _evaluating(model, bool(gradients), wanted),
-    ):
+    backward = bool(gradients)
+    with _watched(wanted, held, mode, backward, outputs, wide, dtype) as watch, _evaluating(model, backward, wanted):
         for number, batch in enumerate(batches):
             if number < skipped:
                 continue
@@ -270,10 +273,8 @@ class _Pending:
 class _Watch:
     """The hooks' state: adds what layers see to a calibration."""
 
-    def __init__(
-        self, wanted: Sequence[Site], held: Calibration, mode: Mode, outputs: bool, dtype: torch.dtype
-    ) -> None:
-        self.held, self.mode, self.outputs, self.dtype = held, mode, outputs, dtype
+    def __init__(self, wanted: Sequence[Site], held: Calibration, mode: Mode, wide: int, dtype: torch.dtype) -> None:
+        self.held, self.mode, self.wide, self.dtype = held, mode, wide, dtype
         self.modules: dict[str, Any] = {site.name: site.module for site in wanted}
         self.masks: Mapping[str, Tensor] = {}
         self._pending: _Pending | None = None
@@ -301,11 +302,7 @@ class _Watch:
         self.flush()
         if layer.inputs is None:
             features = features_of(module)[0]
-            layer.inputs = (
-                ActivationFactor(features, dtype=self.dtype, device=x.device)
-                if self.mode == "factor"
-                else ActivationScale(features)
-            )
+            layer.inputs = self._statistic(features, x, self.mode == "factor")
         self._pending = _Pending(name, x.detach(), mask)
 
     def flush(self) -> None:
@@ -340,12 +337,17 @@ class _Watch:
         rows = output_rows(module, y)
         factor = getattr(layer, what)
         if factor is None:
-            factor = ActivationFactor(features_of(module)[1], dtype=self.dtype, device=y.device)
+            factor = self._statistic(features_of(module)[1], y, True)
             setattr(layer, what, factor)
         try:
             factor.update(rows, None if layer.kind == "kernel" else self._mask(name, rows.shape[:-1]))
         except ValueError as error:
             raise ValueError(f"collect: {what} of {name}: {error}") from None
+
+    def _statistic(self, features: int, like: Tensor, whole: bool) -> ActivationFactor | ActivationScale:
+        if whole and features <= self.wide:
+            return ActivationFactor(features, dtype=self.dtype, device=like.device)
+        return ActivationScale(features)
 
     def backward(self, value: Tensor) -> None:
         """Run the backward pass, whose hooks see the gradients; no `.grad` is touched."""
@@ -366,10 +368,10 @@ class _Watch:
 
 @contextmanager
 def _watched(
-    wanted: Sequence[Site], held: Calibration, mode: Mode, gradients: bool, outputs: bool, dtype: torch.dtype
+    wanted: Sequence[Site], held: Calibration, mode: Mode, gradients: bool, outputs: bool, wide: int, dtype: torch.dtype
 ) -> Iterator[_Watch]:
     """Hooks on the layers that are wanted, removed at the end."""
-    watch = _Watch(wanted, held, mode, outputs, dtype)
+    watch = _Watch(wanted, held, mode, wide, dtype)
     handles = []
 
     def before(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -114,14 +114,14 @@ def tensorize(
     for site in candidates:
         layer = layers.get(id(site.module))
         rows.append(_row(site, layer, reasons[id(site.module)], seen.get(id(site.module)), spectra))
-    params_dense = _parameter_count(model)
+    params_dense = parameter_count(model)
     for site in candidates:  # nothing can fail from here on
         if id(site.module) in layers:
             layer = layers[id(site.module)]
             if id(site.module) in seen:
                 layer.plan_for_shapes(seen[id(site.module)])
             replace(model, site, layer)
-    return Report(tuple(rows), params_dense, _parameter_count(model), budget=told_budget)
+    return Report(tuple(rows), params_dense, parameter_count(model), budget=told_budget)
 
 
 def _fit(
@@ -199,7 +199,7 @@ def summary(model: nn.Module) -> str:
     """
     header = ("layer", "kind", "network", "parameters", "dense", "share")
     rows = []
-    total = dense_total = _parameter_count(model)
+    total = dense_total = parameter_count(model)
     seen: set[Any] = set()
     for name, layer in network_layers(model):
         own, dense = layer.numel(), prod(layer.weight_shape)
@@ -230,7 +230,7 @@ def summary(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def _parameter_count(model: nn.Module) -> int:
+def parameter_count(model: nn.Module) -> int:
     """Parameters, tied ones once, networks as their format counts them."""
     held = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
     seen: set[Any] = set()

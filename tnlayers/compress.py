@@ -1,0 +1,422 @@
+"""Pretrained models made smaller: ranks chosen for all layers together by what calibration data say they are worth."""
+
+import dataclasses
+import glob
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import prod, sqrt
+from numbers import Real
+from typing import Any, Literal, NamedTuple
+
+import torch
+from decompositions.calibrated import METHODS
+from torch import Tensor, nn
+
+from decompositions import LowRank, Network
+from tnlayers.calibration import Calibration, LayerStatistics
+from tnlayers.candidates import Candidate, Problem, candidates, check_formats
+from tnlayers.collect import collect, targets_of
+from tnlayers.convert import parameter_count, tensorize
+from tnlayers.policies import POLICIES, choose, frontier
+from tnlayers.problems import comparable, groups_of, problem_of, statistics_of
+from tnlayers.report import FrontierPoint, LayerRow, Report
+from tnlayers.surgery import Site, replace, sites
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Kept shares at which a report shows what the one calibration predicts."""
+
+Method = Callable[[Tensor, LayerStatistics, int], LowRank]
+
+
+def compress(
+    model: nn.Module,
+    *,
+    keep: float | None = None,
+    max_error: float | None = None,
+    max_params: int | None = None,
+    speed: int | float | None = None,
+    calibration: Calibration | None = None,
+    targets: Sequence[Any] | str | None = None,
+    exclude: Sequence[Any] = (),
+    formats: Sequence[str] | str = ("low_rank", "tucker"),
+    ranks: str = "auto",
+    method: str | Method = "weighted",
+    mu: float | Literal["adaptive"] = 0.0,
+    multiple: int = 1,
+    sequential: bool = False,
+    batches: Iterable[Any] | None = None,
+    blocks: Sequence[str] | None = None,
+    dry_run: bool = False,
+    spectra: bool = True,
+    example_input: Any = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Replace weights of a trained model, in place, by smaller networks that change its outputs least.
+
+    Every targeted weight W offers candidates: itself, and networks of several formats and ranks with their squared
+    error `‖L (W - W') R^H‖^2 / tokens`, where R is the factor of its inputs and L that of the gradients at its outputs
+    (each as far as the calibration holds it; see `WeightedSpectrum`). One candidate a weight is chosen for all
+    together. Ratio words: `keep` is the share of the numbers in the targeted weights that stays; the report prints the
+    share of the whole model beside it. A layer stays dense where its network would be no smaller.
+    Tied weights stay tied. If anything fails, the model is as it was.
+
+    Args:
+        model: any module; see `tensorize` for the layers that can be replaced.
+        keep: share of the targeted weights' numbers to keep, in (0, 1].
+        max_error: instead: predicted relative error of the outputs; without gradients, the root mean square of the
+            layers' relative errors.
+        max_params: instead: parameters of the whole model.
+        speed: instead: how many times fewer multiplications the targeted layers do (on the calibration's tokens).
+        calibration: from `collect`; without one, plain errors of the weights count, relative to each weight.
+        targets: name patterns or module types; every layer of the calibration, or of the model, by default.
+        exclude: name patterns or module types to leave alone.
+        formats: families of networks: "low_rank", "tucker" (kernels), "ttm", "kronecker".
+        ranks: "loss" (least predicted error of the outputs, needs gradients), "knapsack" (least sum of relative
+            errors), "energy", "effective", "uniform"; "auto" is "loss" with gradients and "uniform" without.
+        method: how a low-rank network is made: "weighted", or a baseline for comparison: "plain", "asvd", "svd_llm",
+            "output_pca", "utilized_rank", "fisher"; or a callable (weight, statistics, rank) -> LowRank.
+        mu: ridge of the inputs, in units of their mean square; "adaptive" takes it from the errors at the chosen rank,
+            `(‖L (W - W'_0) R^H‖ / ‖L (W - W'_0)‖)^2`.
+        multiple: low ranks are multiples of it.
+        sequential: after every block of layers the inputs of the next are collected again, as the smaller model makes
+            them, from `batches`; ranks stay as they were chosen.
+        batches: calibration data for that, a re-iterable.
+        blocks: name prefixes that make a block; by default the children of the longest `nn.ModuleList` or
+            `nn.Sequential`.
+        dry_run: change nothing, make no network: the report is the plan.
+        spectra: keep singular values for the report's figures.
+        example_input: see `tensorize`.
+        progress: called as (done, total, name).
+
+    Returns:
+        Report, with `frontier`: the predicted error at five budgets from the one calibration.
+
+    Raises:
+        ValueError: not exactly one goal; a goal out of reach; a pattern that matches nothing; a calibration of another
+            model; "loss" without gradients.
+
+    References:
+        U. Parkina, M. Rakhuba, COALA, NeurIPS 2025, arXiv 2507.07580.
+
+    Example:
+        >>> import tnlayers
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> x = torch.randn(200, 6) @ torch.randn(6, 32)
+        >>> held = tnlayers.collect(model, x.split(50), gradients=True)
+        >>> report = tnlayers.compress(model, keep=0.5, calibration=held)
+        >>> report.targeted[1] <= 0.5 * report.targeted[0], report.error < 0.5
+        (True, True)
+    """
+    formats = check_formats("compress", formats)
+    _check(keep, max_error, max_params, speed, ranks, method, mu, sequential, batches, calibration)
+    if targets is None and calibration is not None:
+        targets = [glob.escape(name) or "*" for name in calibration.layers]
+        _check_layers(model, calibration)
+    wanted = targets_of("compress", model, targets, exclude)
+    if not wanted:
+        raise ValueError("compress: the model must have a layer that can be replaced, got none; look at targets")
+    held = Calibration("none") if calibration is None else calibration
+    policy = ranks if ranks != "auto" else "loss" if held.has_gradients else "uniform"
+    if policy == "loss" and not held.has_gradients:
+        raise ValueError("compress: ranks='loss' needs gradients; collect(..., gradients=True), or take 'knapsack'")
+    whole = parameter_count(model)
+    groups = groups_of(wanted)
+    problems = [problem_of(group, held, multiple=multiple, by_speed=speed is not None) for group in groups]
+    problems = comparable(problems, groups) if policy == "loss" else problems
+    options = []
+    for k, (group, problem) in enumerate(zip(groups, problems, strict=True)):
+        if progress is not None:
+            progress(k, len(groups), f"spectrum of {group[0].name}")
+        options.append(candidates(problem, formats))
+    targeted = sum(problem.weight.numel() for problem in problems)
+    budget, allowed = _goal(keep, max_error, max_params, speed, problems, whole, targeted, held, policy)
+    chosen = choose(policy, problems, options, budget, allowed)
+    picked = [option[i] for option, i in zip(options, chosen, strict=True)]
+    maker = _Maker(method, mu, held)
+    curve = _frontier(problems, options, policy, whole, targeted, held) if speed is None else ()
+    title = f"compress ({'plan' if dry_run else policy})"
+    if dry_run:
+        rows = [_planned(site, pick) for group, pick in zip(groups, picked, strict=True) for site in group]
+        now = whole - targeted + sum(c.price // p.price for c, p in zip(picked, problems, strict=True))
+        report = Report(tuple(rows), whole, now, title=title)
+    else:
+        rows = _replace(
+            model, groups, problems, picked, maker, held, sequential, batches, blocks, spectra, example_input, progress
+        )
+        report = Report(tuple(rows), whole, parameter_count(model), title=title)
+    kept = sum(c.price // p.price for c, p in zip(picked, problems, strict=True) if c.make is not None)
+    kept += sum(p.weight.numel() for c, p in zip(picked, problems, strict=True) if c.make is None)
+    lost = [c.error for c in picked]
+    return dataclasses.replace(
+        report,
+        rows=tuple(_enriched(report.rows, groups, problems, picked, spectra)),
+        targeted=(targeted, kept),
+        frontier=curve,
+        error=_relative(lost, problems, policy, held),
+    )
+
+
+class _Maker(NamedTuple):
+    """Makes the network of a candidate: by the candidate itself, or by a baseline."""
+
+    method: str | Method
+    mu: float | Literal["adaptive"]
+    held: Calibration
+
+    def __call__(self, problem: Problem, candidate: Candidate, layer: LayerStatistics | None) -> Network:
+        assert candidate.make is not None
+        if self.method == "weighted" or candidate.format != "low_rank" or layer is None:
+            return candidate.make(self._regular(problem, candidate))
+        recipe = METHODS[self.method] if isinstance(self.method, str) else self.method
+        return recipe(problem.weight.detach().flatten(1), layer, candidate.ranks[0])
+
+    def _regular(self, problem: Problem, candidate: Candidate) -> Problem:
+        """The problem with a ridge on its inputs."""
+        inputs = problem.inputs
+        if not self.mu or inputs is None or inputs.ndim == 1 or not bool(inputs.any()):
+            return problem
+        if self.mu == "adaptive":
+            net = candidate.make(problem)  # type: ignore[misc]
+            plain = dataclasses.replace(problem, inputs=None)
+            rest = plain.error(net)
+            mu = problem.error(net) / rest if rest > 0 else 0.0
+        else:
+            mu = float(self.mu) * float(inputs.double().square().sum()) / inputs.shape[1]
+        eye = torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device) * sqrt(mu)
+        return dataclasses.replace(problem, inputs=torch.linalg.qr(torch.cat([inputs, eye]), mode="r").R)
+
+
+def _check(
+    keep: Any, max_error: Any, max_params: Any, speed: Any, ranks: str, method: Any, mu: Any, sequential: bool,
+    batches: Any, calibration: Any,
+) -> None:  # fmt: skip
+    goals = {"keep": keep, "max_error": max_error, "max_params": max_params, "speed": speed}
+    given = {name: value for name, value in goals.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"compress: give exactly one of {', '.join(goals)}, got {', '.join(given) or 'none'}")
+    ((name, value),) = given.items()
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0 or (name == "keep" and value > 1):
+        limit = "a number in (0, 1]" if name == "keep" else "a number > 0"
+        raise ValueError(f"compress: {name} must be {limit}, got {value!r}")
+    if ranks not in POLICIES:
+        raise ValueError(f"compress: ranks must be one of {', '.join(POLICIES)}, got {ranks!r}")
+    if isinstance(method, str) and method != "weighted" and method not in METHODS:
+        raise ValueError(
+            f"compress: method must be one of weighted, {', '.join(METHODS)}, or a callable, got {method!r}"
+        )
+    if mu != "adaptive" and (isinstance(mu, bool) or not isinstance(mu, Real) or not mu >= 0):
+        raise ValueError(f"compress: mu must be a number >= 0 or 'adaptive', got {mu!r}")
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(f"compress: calibration must come from collect, got {type(calibration).__name__}")
+    if speed is not None and calibration is None:
+        raise ValueError("compress: speed counts multiplications on calibration tokens; give a calibration")
+    if sequential and (batches is None or isinstance(batches, Tensor) or iter(batches) is batches):
+        raise ValueError("compress: sequential=True collects again after every block; give batches=, a list")
+
+
+def _check_layers(model: nn.Module, held: Calibration) -> None:
+    names = {name for site in sites(model) for name in site.names}
+    missing = [name for name in held.layers if name not in names]
+    if missing:
+        raise ValueError(
+            f"compress: the calibration must be of this model, got one with {len(missing)} layers that it has not: "
+            f"{', '.join(missing[:3])}"
+        )
+
+
+def _goal(
+    keep: float | None, max_error: float | None, max_params: int | None, speed: int | float | None,
+    problems: Sequence[Problem], whole: int, targeted: int, held: Calibration, policy: str,
+) -> tuple[int | None, float | None]:  # fmt: skip
+    """Budget of all prices, or what the sum of the errors may be."""
+    if keep is not None:
+        return int(keep * targeted), None
+    if max_params is not None:
+        return int(max_params) - (whole - targeted), None
+    if speed is not None:
+        return int(sum(problem.whole_price for problem in problems) / speed), None
+    assert max_error is not None
+    if policy == "loss":
+        return None, max_error**2 * held.power
+    if policy == "knapsack":
+        return None, max_error**2 * len(problems)
+    return None, max_error**2 * sum(problem.total for problem in problems)
+
+
+def _relative(lost: Sequence[float], problems: Sequence[Problem], policy: str, held: Calibration) -> float:
+    """Predicted relative error: of the outputs, or the root mean square of the layers' own."""
+    if policy == "loss" and held.power > 0:
+        return sqrt(sum(lost) / held.power)
+    shares = [error / (problem.total or 1.0) for error, problem in zip(lost, problems, strict=True)]
+    return sqrt(sum(shares) / max(1, len(shares)))
+
+
+def _frontier(
+    problems: Sequence[Problem], options: Sequence[Sequence[Candidate]], policy: str, whole: int, targeted: int,
+    held: Calibration,
+) -> tuple[FrontierPoint, ...]:  # fmt: skip
+    """What five budgets would give."""
+    points = []
+    table = None
+    if policy in ("loss", "knapsack"):
+        table = frontier(options, None if policy == "loss" else [problem.total or 1.0 for problem in problems])
+    for keep in BUDGETS:
+        try:
+            chosen = (
+                choose(policy, problems, options, int(keep * targeted))
+                if table is None
+                else table.within(int(keep * targeted))
+            )
+        except ValueError:  # below rank 1 everywhere
+            continue
+        picked = [option[i] for option, i in zip(options, chosen, strict=True)]
+        now = whole - targeted + sum(c.price for c in picked)
+        points.append(FrontierPoint(keep, now, _relative([c.error for c in picked], problems, policy, held)))
+    return tuple(points)
+
+
+def _replace(
+    model: nn.Module, groups: Sequence[Sequence[Site]], problems: Sequence[Problem], picked: Sequence[Candidate],
+    maker: _Maker, held: Calibration, sequential: bool, batches: Any, blocks: Sequence[str] | None, spectra: bool,
+    example: Any, progress: Callable[[int, int, str], None] | None,
+) -> list[LayerRow]:  # fmt: skip
+    """Networks into the model, block by block where that is asked for; on any error the old modules come back."""
+    order = _blocks(model, groups, blocks) if sequential else [list(range(len(groups)))]
+    rows: dict[str, LayerRow] = {}
+    done = 0
+    try:
+        for number, block in enumerate(order):
+            policy = {}
+            fresh = held
+            if number:
+                names = [name for k in block for site in groups[k] for name in site.names[:1]]
+                fresh = collect(model, batches, [glob.escape(name) for name in names], held.mode)
+            for k in block:
+                if progress is not None:
+                    progress(done, len(groups), groups[k][0].name)
+                done += 1
+                if picked[k].make is None:
+                    continue
+                problem = problems[k]
+                if number:
+                    again = problem_of(groups[k], fresh)
+                    problem = dataclasses.replace(problem, inputs=again.inputs, tokens=again.tokens)
+                net = maker(problem, picked[k], statistics_of(groups[k][0], held))
+                for site in groups[k]:
+                    policy[glob.escape(site.name)] = partial(_given, network=net)
+            if policy:
+                made = tensorize(model, policy, spectra=spectra, example_input=example)
+                rows |= {row.name: row for row in made.rows if row.status == "converted"}
+                last = made
+        if not rows:
+            last = tensorize(model, {type(groups[0][0].module): _never}, exclude=("*",), spectra=False)
+    except BaseException:
+        for group in groups:
+            for site in group:
+                if "" not in site.names:
+                    replace(model, site, site.module)
+        raise
+    wanted = {site.name for group in groups for site in group}
+    return [rows.get(row.name, _why(row, wanted)) for row in _all_rows(last, rows)]
+
+
+def _all_rows(last: Report, rows: dict[str, LayerRow]) -> list[LayerRow]:
+    """Rows in model order; layers that an earlier block replaced are no candidates of the last report."""
+    names = {row.name for row in last.rows}
+    return [*(row for name, row in rows.items() if name not in names), *last.rows]
+
+
+def _why(row: LayerRow, wanted: set[str]) -> LayerRow:
+    """Reason of a layer that stays dense."""
+    if row.name not in wanted:
+        return dataclasses.replace(row, reason=row.reason if row.reason != "no rule matches" else "not targeted")
+    if row.reason in ("no rule matches", "excluded"):
+        return dataclasses.replace(row, reason="within this budget it is worth more dense")
+    return row
+
+
+def _given(_: Tensor, network: Network) -> Network:
+    return network
+
+
+def _never(_: Tensor) -> Network:
+    raise AssertionError("excluded")
+
+
+def _blocks(model: nn.Module, groups: Sequence[Sequence[Site]], blocks: Sequence[str] | None) -> list[list[int]]:
+    """Numbers of the groups in each block, in model order; what lies in no block goes with what follows."""
+    prefixes = list(blocks) if blocks is not None else default_blocks(model)
+    found: dict[str, list[int]] = {}
+    for k, group in enumerate(groups):
+        name = group[0].name
+        own = next((p for p in prefixes if name == p or name.startswith(f"{p}.")), "")
+        found.setdefault(own or f"alone: {name}", []).append(k)
+    unknown = [p for p in prefixes if p not in found] if blocks is not None else []
+    if unknown:
+        raise ValueError(f"compress: every block must hold a target, got {unknown[:3]} without one")
+    return list(found.values())
+
+
+def default_blocks(model: nn.Module) -> list[str]:
+    """Names of the children of the longest list of modules: the repeated blocks of a model.
+
+    Example:
+        >>> default_blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}))
+        ['layers.0', 'layers.1']
+    """
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)
+    ]
+    if not lists:
+        return []
+    name, longest = max(lists, key=lambda item: len(item[1]))
+    return [f"{name}.{k}".lstrip(".") for k in range(len(longest))]
+
+
+def _planned(site: Site, pick: Candidate) -> LayerRow:
+    """Row of a dry run."""
+    module: Any = site.module
+    bias = module.bias.numel() if isinstance(getattr(module, "bias", None), Tensor) else 0
+    count, shape = module.weight.numel() + bias, tuple(module.weight.shape)
+    if pick.make is None:
+        return LayerRow(
+            site.name, type(module).__name__, shape, "kept", "within this budget it is worth more dense",
+            params_dense=count, params=count,
+        )  # fmt: skip
+    return LayerRow(
+        site.name, type(module).__name__, shape, "converted", format=pick.format, ranks=pick.ranks,
+        params_dense=count, params=pick.price + bias,
+    )  # fmt: skip
+
+
+def _enriched(
+    rows: Sequence[LayerRow], groups: Sequence[Sequence[Site]], problems: Sequence[Problem],
+    picked: Sequence[Candidate], spectra: bool,
+) -> list[LayerRow]:  # fmt: skip
+    """Rows with what the calibration says of them."""
+    lost = sum(pick.error for pick in picked) or 1.0
+    known = {
+        site.name: (problem, pick)
+        for group, problem, pick in zip(groups, problems, picked, strict=True)
+        for site in group[:1]
+    }
+    made = []
+    for row in rows:
+        if row.name not in known:
+            made.append(row)
+            continue
+        problem, pick = known[row.name]
+        m, n = problem.matrix.shape
+        values = tuple(problem.spectrum.values.double().tolist()) if spectra and pick.make is not None else ()
+        bond = next(iter(row.cuts), "0") if pick.format == "low_rank" else "matrix"
+        made.append(
+            dataclasses.replace(
+                row,
+                weighted={bond: values} if values else {},
+                cuts=row.cuts or ({bond: pick.ranks[0]} if pick.format == "low_rank" else {}),
+                weighted_error=sqrt(pick.error / problem.total) if problem.total else 0.0,
+                share=pick.error / lost,
+                break_even_rank=row.break_even_rank or (prod((m, n)) - 1) // (m + n) or None,
+            )
+        )
+    return made
