@@ -37,7 +37,7 @@ class Problem:
         multiple: ranks are multiples of it.
 
     Example:
-        >>> problem = Problem(torch.randn(8, 6), torch.randn(30, 6), tokens=30)
+        >>> problem = Problem(torch.randn(6, 8), torch.randn(30, 8), tokens=30)
         >>> problem.spectrum.values.shape, problem.total > 0
         (torch.Size([6]), True)
     """

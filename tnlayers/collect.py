@@ -286,7 +286,10 @@ class _Watch:
         if layer.kind == "table":
             picked = x if mask is None else x[mask.to(x.device)]
             layer.inputs = layer.inputs or Uses(len(module.weight))
-            layer.inputs.add(uses(module, picked))
+            try:
+                layer.inputs.add(uses(module, picked))
+            except ValueError as error:
+                raise ValueError(f"collect: {name}: {error}") from None
             layer.tokens = layer.inputs.count
             return
         if layer.kind == "" or self.mode == "none":

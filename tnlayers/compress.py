@@ -9,18 +9,19 @@ from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
-from decompositions.calibrated import METHODS
 from torch import Tensor, nn
 
 from decompositions import LowRank, Network
+from tnlayers.baselines import METHODS
 from tnlayers.calibration import Calibration, LayerStatistics
-from tnlayers.candidates import Candidate, Problem, candidates, check_formats
-from tnlayers.collect import collect, targets_of
+from tnlayers.candidates import Candidate, Problem
+from tnlayers.collect import collect
 from tnlayers.convert import parameter_count, tensorize
+from tnlayers.frontier import FrontierPoint
 from tnlayers.policies import POLICIES, choose, frontier
-from tnlayers.problems import comparable, groups_of, problem_of, statistics_of
-from tnlayers.report import FrontierPoint, LayerRow, Report
-from tnlayers.surgery import Site, replace, sites
+from tnlayers.problems import Weighed, problem_of, statistics_of, weigh
+from tnlayers.report import LayerRow, Report
+from tnlayers.surgery import Site, replace
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 """Kept shares at which a report shows what the one calibration predicts."""
@@ -49,6 +50,7 @@ def compress(
     dry_run: bool = False,
     spectra: bool = True,
     example_input: Any = None,
+    weighed: Weighed | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
     """Replace weights of a trained model, in place, by smaller networks that change its outputs least.
@@ -86,6 +88,7 @@ def compress(
         dry_run: change nothing, make no network: the report is the plan.
         spectra: keep singular values for the report's figures.
         example_input: see `tensorize`.
+        weighed: what `weigh` made of this model, in place of calibration, targets, exclude, formats and multiple.
         progress: called as (done, total, name).
 
     Returns:
@@ -107,28 +110,19 @@ def compress(
         >>> report.targeted[1] <= 0.5 * report.targeted[0], report.error < 0.5
         (True, True)
     """
-    formats = check_formats("compress", formats)
     _check(keep, max_error, max_params, speed, ranks, method, mu, sequential, batches, calibration)
-    if targets is None and calibration is not None:
-        targets = [glob.escape(name) or "*" for name in calibration.layers]
-        _check_layers(model, calibration)
-    wanted = targets_of("compress", model, targets, exclude)
-    if not wanted:
-        raise ValueError("compress: the model must have a layer that can be replaced, got none; look at targets")
-    held = Calibration("none") if calibration is None else calibration
+    if weighed is None:
+        weighed = weigh(
+            model, calibration, targets=targets, exclude=exclude, formats=formats, multiple=multiple,
+            by_speed=speed is not None, progress=progress,
+        )  # fmt: skip
+    elif weighed.by_speed != (speed is not None):
+        raise ValueError("compress: speed needs what was weighed by_speed=True, and the other goals what was not")
+    groups, problems, options, held = weighed.groups(model), weighed.problems, weighed.options, weighed.held
     policy = ranks if ranks != "auto" else "loss" if held.has_gradients else "uniform"
     if policy == "loss" and not held.has_gradients:
         raise ValueError("compress: ranks='loss' needs gradients; collect(..., gradients=True), or take 'knapsack'")
-    whole = parameter_count(model)
-    groups = groups_of(wanted)
-    problems = [problem_of(group, held, multiple=multiple, by_speed=speed is not None) for group in groups]
-    problems = comparable(problems, groups) if policy == "loss" else problems
-    options = []
-    for k, (group, problem) in enumerate(zip(groups, problems, strict=True)):
-        if progress is not None:
-            progress(k, len(groups), f"spectrum of {group[0].name}")
-        options.append(candidates(problem, formats))
-    targeted = sum(problem.weight.numel() for problem in problems)
+    whole, targeted = parameter_count(model), weighed.targeted
     budget, allowed = _goal(keep, max_error, max_params, speed, problems, whole, targeted, held, policy)
     chosen = choose(policy, problems, options, budget, allowed)
     picked = [option[i] for option, i in zip(options, chosen, strict=True)]
@@ -195,7 +189,12 @@ def _check(
     if len(given) != 1:
         raise ValueError(f"compress: give exactly one of {', '.join(goals)}, got {', '.join(given) or 'none'}")
     ((name, value),) = given.items()
-    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0 or (name == "keep" and value > 1):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not float(value) > 0
+        or (name == "keep" and float(value) > 1)
+    ):
         limit = "a number in (0, 1]" if name == "keep" else "a number > 0"
         raise ValueError(f"compress: {name} must be {limit}, got {value!r}")
     if ranks not in POLICIES:
@@ -204,24 +203,12 @@ def _check(
         raise ValueError(
             f"compress: method must be one of weighted, {', '.join(METHODS)}, or a callable, got {method!r}"
         )
-    if mu != "adaptive" and (isinstance(mu, bool) or not isinstance(mu, Real) or not mu >= 0):
+    if mu != "adaptive" and (isinstance(mu, bool) or not isinstance(mu, Real) or not float(mu) >= 0):
         raise ValueError(f"compress: mu must be a number >= 0 or 'adaptive', got {mu!r}")
     if calibration is not None and not isinstance(calibration, Calibration):
         raise TypeError(f"compress: calibration must come from collect, got {type(calibration).__name__}")
-    if speed is not None and calibration is None:
-        raise ValueError("compress: speed counts multiplications on calibration tokens; give a calibration")
     if sequential and (batches is None or isinstance(batches, Tensor) or iter(batches) is batches):
         raise ValueError("compress: sequential=True collects again after every block; give batches=, a list")
-
-
-def _check_layers(model: nn.Module, held: Calibration) -> None:
-    names = {name for site in sites(model) for name in site.names}
-    missing = [name for name in held.layers if name not in names]
-    if missing:
-        raise ValueError(
-            f"compress: the calibration must be of this model, got one with {len(missing)} layers that it has not: "
-            f"{', '.join(missing[:3])}"
-        )
 
 
 def _goal(

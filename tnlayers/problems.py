@@ -1,18 +1,138 @@
-"""From a calibration to what each weight is worth: the factors of all the uses of a weight, in one orientation."""
+"""From a calibration to what each weight can become, and what that costs and loses."""
 
+import glob
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decompositions.weighted import CalibrationWarning
 from tnlayers.activations import kind_of
 from tnlayers.calibration import ActivationScale, Calibration, LayerStatistics, Uses
-from tnlayers.candidates import Problem
-from tnlayers.surgery import Site, is_transposed
+from tnlayers.candidates import Candidate, Problem, candidates, check_formats
+from tnlayers.collect import targets_of
+from tnlayers.surgery import Site, is_transposed, sites
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Every targeted weight of a model with its candidates: the spectra are computed once, for every budget.
+
+    Args:
+        names: of the layers of each weight.
+        problems: what each weight is worth.
+        options: what each can become.
+        held: the calibration.
+        by_speed: whether prices are multiplications; they are numbers otherwise.
+
+    Example:
+        >>> import tnlayers
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> held = tnlayers.collect(model, [torch.randn(20, 8)], gradients=True)
+        >>> weighed = tnlayers.weigh(model, held)
+        >>> import copy
+        >>> reports = [tnlayers.compress(copy.deepcopy(model), keep=k, weighed=weighed) for k in (0.5, 0.75)]
+        >>> [report.targeted[1] <= k * 96 for report, k in zip(reports, (0.5, 0.75))]
+        [True, True]
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    problems: tuple[Problem, ...]
+    options: tuple[tuple[Candidate, ...], ...]
+    held: Calibration
+    by_speed: bool = False
+
+    @property
+    def targeted(self) -> int:
+        """Numbers in the targeted weights."""
+        return sum(problem.weight.numel() for problem in self.problems)
+
+    def groups(self, model: nn.Module) -> list[list[Site]]:
+        """The layers in a model, which must have the very weights that were weighed.
+
+        Raises:
+            ValueError: another model, or one whose weights have changed.
+        """
+        found = {name: site for site in sites(model) for name in site.names}
+        missing = [name for names in self.names for name in names if name not in found]
+        if missing:
+            raise ValueError(f"compress: the model must be the one that was weighed, got one without {missing[0]}")
+        groups = [[found[name] for name in names] for names in self.names]
+        for group, problem in zip(groups, self.problems, strict=True):
+            weight = _oriented(group[0])
+            if weight.shape != problem.weight.shape or not torch.equal(weight, problem.weight.to(weight)):
+                raise ValueError(
+                    f"compress: the model must have the weights that were weighed, got others at {group[0].name}; "
+                    "weigh again"
+                )
+        return groups
+
+
+def weigh(
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    *,
+    targets: Sequence[Any] | str | None = None,
+    exclude: Sequence[Any] = (),
+    formats: Sequence[str] | str = ("low_rank", "tucker"),
+    multiple: int = 1,
+    by_speed: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Weighed:
+    """Spectra and candidates of every targeted weight; for several budgets from one calibration.
+
+    Args:
+        model: see `compress`, as for the others.
+        calibration: from `collect`.
+        targets: name patterns or module types.
+        exclude: name patterns or module types to leave alone.
+        formats: families of networks.
+        multiple: low ranks are multiples of it.
+        by_speed: prices are multiplications on the calibration's tokens, for `compress(speed=)`.
+        progress: called as (done, total, name).
+
+    Raises:
+        ValueError: see `compress`.
+
+    Example:
+        >>> len(weigh(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))).problems)
+        2
+    """
+    formats = check_formats("compress", formats)
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"compress: multiple must be an int >= 1, got {multiple!r}")
+    if targets is None and calibration is not None:
+        targets = [glob.escape(name) or "*" for name in calibration.layers]
+        names = {name for site in sites(model) for name in site.names}
+        missing = [name for name in calibration.layers if name not in names]
+        if missing:
+            raise ValueError(
+                f"compress: the calibration must be of this model, got one with {len(missing)} layers that it has "
+                f"not: {', '.join(missing[:3])}"
+            )
+    wanted = targets_of("compress", model, targets, exclude)
+    if not wanted:
+        raise ValueError("compress: the model must have a layer that can be replaced, got none; look at targets")
+    if by_speed and calibration is None:
+        raise ValueError("compress: speed counts multiplications on the tokens of a calibration, got none; collect one")
+    held = Calibration("none") if calibration is None else calibration
+    groups = groups_of(wanted)
+    problems = [problem_of(group, held, multiple=multiple, by_speed=by_speed) for group in groups]
+    if calibration is not None:
+        _warn(problems, groups)
+    if held.has_gradients:
+        problems = _comparable(problems)
+    options = []
+    for k, (group, problem) in enumerate(zip(groups, problems, strict=True)):
+        if progress is not None:
+            progress(k, len(groups), f"spectrum of {group[0].name or '(model)'}")
+        options.append(tuple(candidates(problem, formats)))
+    names_of = tuple(tuple(site.name for site in group) for group in groups)
+    return Weighed(names_of, tuple(problems), tuple(options), held, by_speed)
 
 
 class _Use(NamedTuple):
@@ -62,9 +182,7 @@ def problem_of(group: Sequence[Site], held: Calibration, *, multiple: int = 1, b
     Raises:
         ValueError: factors of other widths than the weight.
     """
-    site = group[0]
-    weight: Any = site.module.weight
-    weight = weight.detach().T if is_transposed(site.module) else weight.detach()
+    weight = _oriented(group[0])
     table = any(kind_of(member.module) == "table" for member in group)
     uses = [_use(member, held, weight) for member in group]
     seen = [use for use in uses if use is not None]
@@ -85,26 +203,42 @@ def problem_of(group: Sequence[Site], held: Calibration, *, multiple: int = 1, b
     return problem
 
 
-def comparable(problems: Sequence[Problem], groups: Sequence[Sequence[Site]]) -> list[Problem]:
-    """Errors of weights that no gradient reached, scaled to the median of the others: they must be added.
-
-    Warns:
-        CalibrationWarning: of a weight that the calibration knows nothing of.
-    """
+def _comparable(problems: Sequence[Problem]) -> list[Problem]:
+    """Errors of weights that no gradient reached, scaled to the median of the others: they must be added."""
     known = sorted(p.total for p in problems if p.outputs is not None and p.total > 0)
     middle = known[len(known) // 2] if known else 1.0
-    made = []
-    for problem, group in zip(problems, groups, strict=True):
-        if problem.outputs is None:
-            if problem.inputs is None:
-                warnings.warn(
-                    f"compress: the calibration knows nothing of {group[0].name or '(model)'}: its plain error counts, "
-                    "as much as that of a layer in the middle; calibrate on data that reach it, or exclude it",
-                    CalibrationWarning,
-                    stacklevel=3,
-                )
-            problem = problem.scaled(middle / (problem.total or 1.0))
-        made.append(problem)
+    return [p if p.outputs is not None else p.scaled(middle / (p.total or 1.0)) for p in problems]
+
+
+def _warn(problems: Sequence[Problem], groups: Sequence[Sequence[Site]]) -> None:
+    """Say where the data say nothing, or too little."""
+    unknown = [g[0].name for p, g in zip(problems, groups, strict=True) if p.inputs is None and p.outputs is None]
+    if unknown:
+        warnings.warn(
+            f"compress: the calibration knows nothing of {len(unknown)} layers ({', '.join(unknown[:3])}): their plain "
+            "errors count, as much as those of a layer in the middle; calibrate on data that reach them, or exclude "
+            "them",
+            CalibrationWarning,
+            stacklevel=4,
+        )
+    few = [
+        g[0].name
+        for p, g in zip(problems, groups, strict=True)
+        if p.inputs is not None and p.inputs.ndim == 2 and p.tokens < p.inputs.shape[1]
+    ]
+    if few:
+        warnings.warn(
+            f"compress: {len(few)} layers saw fewer tokens than they have features ({', '.join(few[:3])}): what their "
+            "data do not show counts nothing; calibrate on more, or give mu='adaptive'",
+            CalibrationWarning,
+            stacklevel=4,
+        )
+
+
+def _oriented(site: Site) -> Tensor:
+    """The weight as a recipe sees it."""
+    weight: Any = site.module.weight
+    made: Tensor = weight.detach().T if is_transposed(site.module) else weight.detach()
     return made
 
 
@@ -115,10 +249,13 @@ def _is_table(site: Site) -> bool:
 def _use(site: Site, held: Calibration, weight: Tensor) -> _Use | None:
     """What one layer says of its weight; None if it saw nothing."""
     layer = statistics_of(site, held)
-    if layer is None or not layer.tokens or layer.inputs is None:
+    if layer is None or not layer.tokens:
         return None
     gradients = None if layer.gradients is None else _factor(layer.gradients)
-    inputs = _factor(layer.inputs)
+    inputs = None if layer.inputs is None else _factor(layer.inputs)
+    gradients, inputs = (None if f is None or not bool(f.any()) else f for f in (gradients, inputs))
+    if gradients is None and inputs is None:
+        return None
     rows, columns = (inputs, gradients) if _is_table(site) else (gradients, inputs)
     for what, factor, width in (("rows", rows, len(weight)), ("columns", columns, weight[0].numel())):
         if factor is not None and factor.shape[-1] != width:
