@@ -61,7 +61,7 @@ def evaluate(
             the model's `config.label2id` where it has them all.
         reference: the model to be similar to, or what `embeddings` gave of it on these texts.
         metrics: of "size", "perplexity", "similarity", "accuracy", "probe" (logistic regression on the embeddings of
-            half of the labelled texts, measured on the other half), "speed", "memory" (both on the first batch).
+            half of the labelled texts, measured on the other half), "speed", "memory" (both on the largest batch).
             None: size and what is given for: similarity with a reference, else perplexity with a tokenizer and texts;
             accuracy with labelled.
         window: see `perplexity`.
@@ -149,9 +149,12 @@ class _Task:
         return self.batched(self.texts)
 
     @cached_property
-    def first(self) -> Any:
-        """The first batch, in the order of the texts, on the model's device."""
-        batch = next(iter(self.encoded), None)
+    def largest(self) -> Any:
+        """The batch with the most tokens (the first one if they are not ours), on the model's device."""
+        if isinstance(self.encoded, Batches):
+            batch: Any = max(self.encoded, key=lambda item: item["input_ids"].numel())
+        else:
+            batch = next(iter(self.encoded), None)
         if batch is None:
             raise ValueError("evaluate: expected at least one batch, got none")
         check_tokens(self.model, batch, caller="evaluate")
@@ -216,14 +219,14 @@ def _probe(task: _Task) -> Part:
 
 
 def _speed(task: _Task) -> Part:
-    found = throughput(task.model, task.first, seconds=task.seconds, threads=task.threads)
+    found = throughput(task.model, task.largest, seconds=task.seconds, threads=task.threads)
     low, high = (found.rate * found.seconds / end for end in (found.high, found.low))
     said = {"batch": found.samples, "tokens": found.tokens, "threads": found.threads, "device": found.device}
     return [Metric(found.unit, "speed", found.rate, found.calls, low, high)], {**said, "spread": "quartiles"}
 
 
 def _memory(task: _Task) -> Part:
-    inputs = task.first
+    inputs = task.largest
 
     def work() -> None:
         with evaluating(task.model):
