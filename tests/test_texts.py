@@ -348,7 +348,7 @@ def test_windows_join_texts_and_say_what_they_did():
         ),
     ],
 )
-def test_windows_refuse(texts, options, error, match):
+def test_windows_refuse(texts, options, error, match, unchecked):
     with pytest.raises(error, match=match):
         token_windows(texts, **options)
 
@@ -424,7 +424,9 @@ def test_batches_are_what_hugging_face_pads(side, max_length):
     assert all(torch.equal(made[name], wanted[name]) for name in made)
 
 
-def test_windows_of_a_hugging_face_tokenizer():
-    tokenizer = hugging_face_tokenizer()
+def test_windows_of_a_hugging_face_tokenizer(caplog):
+    tokenizer = hugging_face_tokenizer(model_max_length=3)
+    assert len(token_windows("one two " * 20, tokenizer, window=4).ids) == 41
+    assert not caplog.records  # no warning of a text that is too long
     assert token_windows("one two", tokenizer, window=4).ids.tolist() == [1, 4, 5]
     assert token_windows("one two", tokenizer, window=4, bos=False).ids.tolist() == [4, 5]

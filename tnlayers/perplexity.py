@@ -121,7 +121,7 @@ def perplexity(
         batch_size = max(1, TOKENS_A_CALL // windows.window)
     if batch_size < 1:
         raise ValueError(f"perplexity: expected batch_size >= 1, got {batch_size}")
-    used = windows.ids if windows.bos_id is None else torch.cat([windows.ids, torch.tensor([windows.bos_id])])
+    used = windows.ids if windows.bos_id is None else torch.cat([windows.ids, windows.ids.new_tensor([windows.bos_id])])
     check_tokens(model, used, caller="perplexity")
     device, nll, done = device_of(model), 0.0, 0
     with evaluating(model):
@@ -134,6 +134,7 @@ def perplexity(
                     f"perplexity: expected logits {(*ids.shape, 'vocabulary')}, got {tuple(logits.shape)}; "
                     "is this a causal language model?"
                 )
+            ids = ids.to(logits.device)  # the last layer may lie elsewhere than the first
             losses = torch.stack([_nll(logits[k], ids[k], n) for k, (_, n) in enumerate(group)]).tolist()
             for k, loss in enumerate(losses):
                 if not math.isfinite(loss):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -402,6 +404,9 @@ def _fields(tokenizer: Any, text: str | list[str], options: dict[str, Any]) -> d
     """What a tokenizer returns, as a dict with "input_ids"."""
     if not callable(tokenizer):
         raise TypeError(f"texts: expected a tokenizer that can be called with texts, got {type(tokenizer).__name__}")
+    with contextlib.suppress(ValueError):  # some callables have no signature
+        if "verbose" in inspect.signature(tokenizer).parameters:
+            options = {**options, "verbose": False}  # Hugging Face would warn of texts that windows are about to cut
     made = tokenizer(text, **options)
     if not isinstance(made, Mapping) or "input_ids" not in made:
         raise TypeError(f"texts: expected the tokenizer to return input_ids, got {type(made).__name__}")
