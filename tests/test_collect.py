@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tnlayers
-from tnlayers.calibration import Calibration, Uses
+from tnlayers.compression.calibration import Calibration, Uses
 
 F64 = torch.float64
 
@@ -175,7 +175,7 @@ def test_big_kernels_are_counted_in_parts(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
     x = torch.randn(6, 3, 7, 7, dtype=F64)
     whole = tnlayers.collect(net, [x], dtype=F64).layers["0"].inputs.factor
-    monkeypatch.setattr(sys.modules["tnlayers.collect"], "ENTRIES", 1)
+    monkeypatch.setattr(sys.modules["tnlayers.compression.collect"], "ENTRIES", 1)
     parts = tnlayers.collect(net, [x], dtype=F64).layers["0"].inputs.factor
     assert torch.allclose(gram(whole), gram(parts), rtol=1e-12)
 

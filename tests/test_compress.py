@@ -11,8 +11,8 @@ from torch import nn
 import tnlayers
 from decompositions import svd, to_dense, weighted_low_rank
 from decompositions.weighted import CalibrationWarning
-from tnlayers.baselines import METHODS
-from tnlayers.compress import default_blocks
+from tnlayers.compression.baselines import METHODS
+from tnlayers.compression.compress import default_blocks
 
 F64 = torch.float64
 

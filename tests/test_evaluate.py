@@ -11,7 +11,7 @@ from tiny import SENTENCES, Encoder, TinyLM, Words, everything, same, stop, toke
 from torch import nn
 
 from tnlayers.calling import call, device_of, to_device
-from tnlayers.evaluate import (
+from tnlayers.evaluation.evaluate import (
     Evaluation,
     Metric,
     accuracy,

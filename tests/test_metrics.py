@@ -15,8 +15,8 @@ from tiny import SENTENCES, Encoder, Words
 from torch import nn
 
 from tnlayers.calling import evaluating, hidden_of
-from tnlayers.metrics import Accuracy, accuracy, embedding_similarity, embeddings, probe_accuracy, spearman
-from tnlayers.perplexity import perplexity
+from tnlayers.evaluation.metrics import Accuracy, accuracy, embedding_similarity, embeddings, probe_accuracy, spearman
+from tnlayers.evaluation.perplexity import perplexity
 from tnlayers.texts import batches
 
 
@@ -117,7 +117,7 @@ def test_similarity_of_two_models_and_its_edges(monkeypatch):
     assert embedding_similarity(nn.Identity(), x[:2], [x[:2]]).neighbours is None
     assert embedding_similarity(nn.Identity(), x, [x]).neighbours is None  # all cosines are 0
     assert "neighbours unknown" in str(embedding_similarity(nn.Identity(), x, [x]))
-    monkeypatch.setattr("tnlayers.metrics.MAX_NEIGHBOURS", 4)
+    monkeypatch.setattr("tnlayers.evaluation.metrics.MAX_NEIGHBOURS", 4)
     assert embedding_similarity(nn.Identity(), torch.rand(9, 3), [torch.rand(9, 3)]).compared == 4
     with pytest.raises(ValueError, match="two passes; give a list"):
         embedding_similarity(model, model, iter([x]))

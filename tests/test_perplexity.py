@@ -11,7 +11,7 @@ from tiny import VOCABULARY, TinyLM, Words, tokens
 from torch import nn
 
 from tnlayers.calling import evaluating, logits_of
-from tnlayers.perplexity import perplexity
+from tnlayers.evaluation.perplexity import perplexity
 from tnlayers.texts import token_windows
 
 
@@ -120,7 +120,7 @@ def test_log_softmax_of_low_precision_is_taken_in_float32(rng):
 
 def test_chunks_of_logits_change_nothing(lm, rng, monkeypatch):
     whole = perplexity(lm, tokens(rng), window=16)
-    monkeypatch.setattr("tnlayers.perplexity.CHUNK", 3 * VOCABULARY)
+    monkeypatch.setattr("tnlayers.evaluation.perplexity.CHUNK", 3 * VOCABULARY)
     parts = perplexity(lm, tokens(rng.manual_seed(rng.initial_seed())), window=16)
     assert parts.nll == pytest.approx(whole.nll, rel=1e-13)
 

@@ -11,7 +11,7 @@ from tiny import SENTENCES, Encoder, Words, stop
 from torch import nn
 
 from tnlayers import resources
-from tnlayers.resources import peak_memory, throughput
+from tnlayers.evaluation.resources import peak_memory, throughput
 from tnlayers.texts import batches
 
 

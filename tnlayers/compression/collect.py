@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from decompositions import ActivationFactor
-from tnlayers.activations import features_of, input_rows, kind_of, output_rows, uses
-from tnlayers.calibration import MODES, ActivationScale, Calibration, LayerStatistics, Mode, Uses
+from tnlayers.compression.activations import features_of, input_rows, kind_of, output_rows, uses
+from tnlayers.compression.calibration import MODES, ActivationScale, Calibration, LayerStatistics, Mode, Uses
 from tnlayers.surgery import Policy, Site, sites, stand_in_for, why_not
 
 Preserve = Callable[[Any, Any], Tensor]

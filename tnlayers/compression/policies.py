@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from math import inf
 
 from decompositions.knapsack import Frontier, Option
-from tnlayers.candidates import Candidate, Problem, effective_rank
+from tnlayers.compression.candidates import Candidate, Problem, effective_rank
 
 POLICIES = ("auto", "loss", "knapsack", "energy", "effective", "uniform")
 
@@ -35,7 +35,7 @@ def choose(
 
     Example:
         >>> import torch
-        >>> from tnlayers.candidates import candidates
+        >>> from tnlayers.compression.candidates import candidates
         >>> problems = [Problem(torch.diag(torch.tensor([5.0, *[small] * 7]))) for small in (0.1, 2.0)]
         >>> groups = [candidates(problem, ("low_rank",)) for problem in problems]
         >>> chosen = choose("loss", problems, groups, 80)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from decompositions import LowRank, Network
-from tnlayers.baselines import METHODS
-from tnlayers.calibration import Calibration, LayerStatistics
-from tnlayers.candidates import Candidate, Problem
-from tnlayers.collect import collect
+from tnlayers.compression.baselines import METHODS
+from tnlayers.compression.calibration import Calibration, LayerStatistics
+from tnlayers.compression.candidates import Candidate, Problem
+from tnlayers.compression.collect import collect
 from tnlayers.convert import parameter_count, tensorize
 from tnlayers.frontier import FrontierPoint
-from tnlayers.policies import POLICIES, choose, frontier
-from tnlayers.problems import Weighed, problem_of, statistics_of, weigh
+from tnlayers.compression.policies import POLICIES, choose, frontier
+from tnlayers.compression.problems import Weighed, problem_of, statistics_of, weigh
 from tnlayers.report import LayerRow, Report
 from tnlayers.surgery import Site, replace
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from decompositions.weighted import CalibrationWarning
-from tnlayers.activations import kind_of
-from tnlayers.calibration import ActivationScale, Calibration, LayerStatistics, Uses
-from tnlayers.candidates import Candidate, Problem, candidates, check_formats
-from tnlayers.collect import targets_of
+from tnlayers.compression.activations import kind_of
+from tnlayers.compression.calibration import ActivationScale, Calibration, LayerStatistics, Uses
+from tnlayers.compression.candidates import Candidate, Problem, candidates, check_formats
+from tnlayers.compression.collect import targets_of
 from tnlayers.surgery import Site, is_transposed, sites
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from decompositions import LowRank, svd
-from tnlayers.calibration import LayerStatistics
+from tnlayers.compression.calibration import LayerStatistics
 
 
 def plain(weight: Tensor, layer: LayerStatistics, rank: int) -> LowRank:

@@ -10,22 +10,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnlayers.calling import Progress, call, device_of, evaluating, to_device
-from tnlayers.evaluation import Evaluation as Evaluation
-from tnlayers.evaluation import Metric as Metric
-from tnlayers.evaluation import compare as compare
-from tnlayers.metrics import Accuracy as Accuracy
-from tnlayers.metrics import Pooling
-from tnlayers.metrics import Similarity as Similarity
-from tnlayers.metrics import accuracy as accuracy
-from tnlayers.metrics import embedding_similarity as embedding_similarity
-from tnlayers.metrics import embeddings as embeddings
-from tnlayers.metrics import probe_accuracy as probe_accuracy
-from tnlayers.perplexity import Perplexity as Perplexity
-from tnlayers.perplexity import perplexity as perplexity
-from tnlayers.resources import PeakMemory as PeakMemory
-from tnlayers.resources import Throughput as Throughput
-from tnlayers.resources import peak_memory as peak_memory
-from tnlayers.resources import throughput as throughput
+from tnlayers.evaluation.result import Evaluation as Evaluation
+from tnlayers.evaluation.result import Metric as Metric
+from tnlayers.evaluation.result import compare as compare
+from tnlayers.evaluation.metrics import Accuracy as Accuracy
+from tnlayers.evaluation.metrics import Pooling
+from tnlayers.evaluation.metrics import Similarity as Similarity
+from tnlayers.evaluation.metrics import accuracy as accuracy
+from tnlayers.evaluation.metrics import embedding_similarity as embedding_similarity
+from tnlayers.evaluation.metrics import embeddings as embeddings
+from tnlayers.evaluation.metrics import probe_accuracy as probe_accuracy
+from tnlayers.evaluation.perplexity import Perplexity as Perplexity
+from tnlayers.evaluation.perplexity import perplexity as perplexity
+from tnlayers.evaluation.resources import PeakMemory as PeakMemory
+from tnlayers.evaluation.resources import Throughput as Throughput
+from tnlayers.evaluation.resources import peak_memory as peak_memory
+from tnlayers.evaluation.resources import throughput as throughput
 from tnlayers.texts import SANE_LENGTH, Batches, Bos, Texts, batches, check_tokens, max_positions, sample
 
 DEFAULT_BATCH = 32
