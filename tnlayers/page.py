@@ -232,6 +232,16 @@ def gallery(pictures: Sequence[tuple[str, str, str]]) -> str:
     )
 
 
+def beside(left: str, right: str) -> str:
+    """Two pieces of a page side by side, one below the other where it is narrow.
+
+    Example:
+        >>> beside("<p>a</p>", "<p>b</p>").count("<div>")
+        2
+    """
+    return f'<div class="beside"><div>{left}</div><div>{right}</div></div>\n'
+
+
 def paragraph(text: str) -> str:
     """One escaped paragraph.
 
@@ -392,6 +402,8 @@ details { margin:10px 0; font-size:13.5px; } summary { cursor:pointer; color:var
 dl { display:grid; grid-template-columns:max-content 1fr; gap:4px 16px; margin:10px 0; }
 dt { font-weight:600; } dd { margin:0; }
 .gallery { display:grid; gap:24px 28px; grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr)); }
+.beside { display:grid; gap:16px 28px; align-items:start;
+  grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr)); } .beside > div { min-width:0; }
 figure { margin:0; min-width:0; } figcaption { font-size:13.5px; margin-bottom:6px; overflow-wrap:anywhere; }
 img.figure { display:block; max-width:100%; height:auto; }
 .hidden { position:absolute; width:1px; height:1px; overflow:hidden; clip-path:inset(50%); }
