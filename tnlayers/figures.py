@@ -168,7 +168,8 @@ def _draw(axes: Axes, line: _Line, marker: str) -> None:
 def _mark_cuts(axes: Axes, lines: Sequence[_Line], crowded: bool, even: int | None) -> int:
     """Line, dot and rank of every cut, and the break-even rank; returns how many rows of numbers stand above."""
     low, high = axes.get_xlim()
-    placed: list[float] = []
+    across = 0.8 * 72 * float(axes.get_figure(root=True).get_figwidth())  # type: ignore[union-attr]  # points, about
+    placed: list[tuple[float, int]] = []
     levels = 0
     text: dict[str, Any] = {"annotation_clip": False, "textcoords": "offset points"}
 
@@ -176,8 +177,9 @@ def _mark_cuts(axes: Axes, lines: Sequence[_Line], crowded: bool, even: int | No
         """A number above the axes, a row higher for each one that is near."""
         nonlocal levels
         at = float(np.log(place / low) / np.log(high / low))
-        level = sum(abs(at - other) < 0.075 for other in placed)
-        placed.append(at)
+        digits = len(str(number))
+        level = sum(abs(at - other) * across < max(0.075 * across, 3.3 * (digits + more) + 4) for other, more in placed)
+        placed.append((at, digits))
         levels = max(levels, level + 1)
         axes.annotate(
             str(number), (place, 1), xytext=(0, 3 + 11 * level), xycoords=("data", "axes fraction"), ha="center",

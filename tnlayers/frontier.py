@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tnlayers.figures import GRID, INK, LINES, MUTED, new_axes
-from tnlayers.page import NOTHING, Cell, Column, compact, number, percent
+from tnlayers.page import Cell, Column, compact, number, percent
 from tnlayers.report_rows import json_entry, json_number, plain
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def frontier_figure(
     if len(drawn) <= 8:
         for x, y, keep in drawn:
             axes.annotate(
-                f"keep {percent(keep, 1)}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=MUTED
+                f"keep {percent(keep, 1)}", (x, y), xytext=(10, 6), textcoords="offset points", fontsize=8, color=MUTED
             )
     axes.plot([1], [0], "s", color=INK, markersize=6, clip_on=False, label=f"dense, {compact(dense)}", zorder=4)
     seen = [*curve]
@@ -138,7 +138,15 @@ def frontier_figure(
             fontsize=8.5,
         )  # fmt: skip
     _shares(axes, [x for x, _ in seen], max(y for _, y in seen), dense, size[0])
-    axes.legend(loc="upper right", fontsize=8, frameon=False, labelcolor=INK, handlelength=1.4, labelspacing=0.45)
+    axes.legend(
+        loc="upper right",
+        fontsize=8,
+        frameon=False,
+        labelcolor=INK,
+        handlelength=1.4,
+        labelspacing=0.5,
+        markerscale=0.75,
+    )
     return figure
 
 
@@ -161,8 +169,7 @@ def _shares(axes: Axes, x: Sequence[float], top: float, dense: int, width: float
 
 
 COLUMNS = (
-    Column("budget", "What was asked for; the dense model, and what was chosen, for comparison."),
-    Column("targeted", "Parameters of the targeted layers' weights that are kept.", numeric=True),
+    Column("budget", "Kept parameters of the targeted layers' weights, of 100% for the dense model."),
     Column("whole model", "Parameters of the whole model, in percent of the dense one.", numeric=True),
     Column("parameters", "Parameters of the whole model.", numeric=True),
     Column("predicted", "Predicted relative error of the model's output, from the calibration.", numeric=True),
@@ -182,19 +189,21 @@ def frontier_table(
     Example:
         >>> cells = frontier_table([FrontierPoint(0.5, 60, 0.1)], 100, chosen=(0.5, 60, 0.1))
         >>> [[cell.text for cell in row] for row in cells]
-        [['dense', '100%', '100%', '100', '0'], ['keep 50%, chosen', '50%', '60%', '60', '0.1']]
+        [['dense', '100%', '100', '0'], ['keep 50%, chosen', '60%', '60', '0.1']]
     """
     named: list[tuple[str, float | None, int, float | None]] = []
+    met = False
     for p in points:
         same = chosen is not None and chosen[1] == p.params and (chosen[2] is None or _close(chosen[2], p.error))
+        met |= same
         named.append((f"keep {percent(p.keep, 1)}" + ", chosen" * same, p.keep, p.params, p.error))
-    if chosen is not None and not any(name.endswith("chosen") for name, *_ in named):
-        named.append(("chosen", *chosen))
+    if chosen is not None and not met:
+        keep = chosen[0]
+        named.append(("chosen" if keep is None else f"keep {percent(keep, 1)}, chosen", *chosen))
     named = [("dense", 1.0, dense, 0.0), *sorted(named, key=lambda entry: -entry[2])]
     return [
         [
-            Cell(name, name),
-            Cell(NOTHING if keep is None else percent(keep, 1), keep),
+            Cell(name, keep),
             Cell(percent(params, dense), params),
             Cell(f"{params:,}", params),
             Cell(number(error), error),

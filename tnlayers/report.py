@@ -338,7 +338,7 @@ class Report:
 
     def _curve_told(self) -> str:
         """The curve in words."""
-        points = [f"{cells[0].text}: {cells[2].text} ({cells[3].text}), {cells[4].text}" for cells in self._frontier()]
+        points = [f"{cells[0].text}: {cells[1].text} ({cells[2].text}), {cells[3].text}" for cells in self._frontier()]
         measured = "" if self.measured is None else f" Measured error at what was chosen: {number(self.measured)}."
         return f"Parameters of the whole model and predicted error. {'; '.join(points)}.{measured}"
 

@@ -122,7 +122,9 @@ _COLUMNS = (
     Column("why kept", "Why the layer was left dense.", html_only=True),
 )
 _CALIBRATED = ("weighted", "share")
-_GIVE_WAY = ("kind", "bound")
+_MAY_LACK = ("floor", "why kept")
+"""Columns that such a table has only if they say something."""
+_GIVE_WAY = ("kind", "FLOPs", "bound")
 """Columns that the text table leaves to the page when it needs the room for weighted errors."""
 
 
@@ -134,18 +136,15 @@ def layer_table(rows: Sequence[LayerRow]) -> tuple[list[Column], list[list[Cell]
         >>> [column.label for column in columns if not column.html_only][-2:], cells[0][0].text
         (['error', 'share'], 'fc')
     """
-    absent = {
-        label
-        for label, values in zip(
-            _CALIBRATED, ((row.weighted_error for row in rows), (row.share for row in rows)), strict=True
-        )
-        if all(value is None for value in values)
-    }
+    cells = [_cells(row) for row in rows]
+    empty = {column.label for k, column in enumerate(_COLUMNS) if all(row[k].sort is None for row in cells)}
+    calibrated = not empty.issuperset(_CALIBRATED)
+    absent = empty.intersection((*_CALIBRATED, *_MAY_LACK) if calibrated else _CALIBRATED)
     shown = [k for k, column in enumerate(_COLUMNS) if column.label not in absent]
     columns = [_COLUMNS[k] for k in shown]
-    if len(absent) < len(_CALIBRATED):
+    if calibrated:
         columns = [replace(column, html_only=True) if column.label in _GIVE_WAY else column for column in columns]
-    return columns, [[cells[k] for k in shown] for cells in map(_cells, rows)]
+    return columns, [[row[k] for k in shown] for row in cells]
 
 
 def _cells(row: LayerRow) -> list[Cell]:
