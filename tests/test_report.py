@@ -34,7 +34,7 @@ from tnlayers.page import (
 from tnlayers.report import LayerRow, Report
 
 EVIL = "<script>alert('x')</script>\x1b[31m\n&\"$\\frac$ \udc80"
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 
 
 def converted(name="fc1", **changes):

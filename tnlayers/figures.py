@@ -23,6 +23,8 @@ DENSE, NOW = "#ccd4dd", "#0072b2"
 FLOOR = 1e-9
 """Relative singular values below this are not drawn: they are rounding."""
 MAX_BARS = 40
+WEIGHTED, PLAIN = "weighted", "unweighted"
+DASHED, DOTTED, DASH_DOTTED = (0, (3, 2)), (0, (1, 2)), (0, (5, 1.2, 1, 1.2))
 
 
 def spectrum_figure(
@@ -30,18 +32,23 @@ def spectrum_figure(
     cuts: Mapping[str, int] | None = None,
     title: str = "",
     *,
+    weighted: Mapping[str, Sequence[float]] | None = None,
+    break_even: int | None = None,
     size: tuple[float, float] = (6.4, 4.0),
     dpi: int = 160,
 ) -> Figure:
     """Singular values relative to the largest, against their index, one line a bond; what a cut discards is pale.
 
     Both axes are logarithmic: a power law is a straight line, and a cut at 8 of 4096 is still seen. The cut is a
-    vertical line with a dot on the last value kept and the rank above it.
+    dashed vertical line with a dot on the last value kept and the rank above it. With `weighted` every bond has two
+    lines, weighted solid and plain dash-dotted.
 
     Args:
         spectra: bond -> its singular values (any order). Values below 1e-9 of the largest are not drawn.
         cuts: bond -> rank kept; bonds that are not named are drawn whole.
         title: above the axes, in one line.
+        weighted: bond -> singular values of the weighted weight; bonds may lack one kind.
+        break_even: rank at which a dotted vertical line stands; beyond the last index it is left out.
         size: width and height in inches.
         dpi: pixels an inch.
 
@@ -53,14 +60,15 @@ def spectrum_figure(
         >>> len(figure.axes)
         1
     """
-    cuts = dict(cuts or {})
+    cuts, weighted = dict(cuts or {}), dict(weighted or {})
+    bonds = list(dict.fromkeys([*spectra, *weighted]))
     for bond, rank in cuts.items():
-        if bond not in spectra:
-            raise ValueError(f"spectrum_figure: cuts must name bonds of spectra {list(spectra)}, got {bond!r}")
+        if bond not in bonds:
+            raise ValueError(f"spectrum_figure: cuts must name bonds of spectra {bonds}, got {bond!r}")
         if rank < 0:
             raise ValueError(f"spectrum_figure: a cut must be a rank >= 0, got {rank} for bond {bond!r}")
-    lines, remarks = _lines(spectra, cuts)
-    crowded = len(lines) > 4
+    lines, remarks = _lines(bonds, spectra, weighted, cuts)
+    crowded = sum(line.leads for line in lines) > 4
     figure, axes = new_axes(size, dpi)
     longest = max((line.values.size for line in lines), default=1)
     lowest = min((float(line.values[line.values > FLOOR].min()) for line in lines), default=0.1)
@@ -71,8 +79,11 @@ def spectrum_figure(
     axes.set_ylabel("relative to the largest", color=MUTED, fontsize=8.5)
     for line in lines:
         _draw(axes, line, marker="o" if longest <= 24 else "")
-    levels = _mark_cuts(axes, lines, crowded)
-    if len(spectra) > 1 and lines:
+    even = break_even if break_even is not None and 1 <= break_even <= longest and lines else None
+    levels = _mark_cuts(axes, lines, crowded, even)
+    if weighted and lines:
+        _legend_of_kinds(figure, lines, even, size[0])
+    elif len(bonds) > 1 and lines:
         small: dict[str, Any] = {"fontsize": 8 if len(lines) <= 14 else 6, "handlelength": 1.2, "labelspacing": 0.3}
         small |= {"frameon": False, "labelcolor": INK, "borderpad": 0.3}
         if crowded:
@@ -97,20 +108,34 @@ class _Line(NamedTuple):
     values: np.ndarray
     cut: int | None
     color: str
-    style: str
+    style: Any
+    plain: bool
+    """Whether this is the plain spectrum beside a weighted one."""
+    leads: bool
+    """Whether the cut of the bond is marked at this line: it is the first of the bond."""
 
     @property
     def kept(self) -> int:
         return self.values.size if self.cut is None else min(self.cut, self.values.size)
 
 
-def _lines(spectra: Mapping[str, Sequence[float]], cuts: Mapping[str, int]) -> tuple[list[_Line], list[str]]:
-    """The bonds that can be drawn, and a remark for each that cannot."""
-    lines, remarks = [], []
-    for k, (bond, given) in enumerate(spectra.items()):
-        values = np.asarray(given, dtype=np.float64)
+def _lines(
+    bonds: Sequence[str],
+    spectra: Mapping[str, Sequence[float]],
+    weighted: Mapping[str, Sequence[float]],
+    cuts: Mapping[str, int],
+) -> tuple[list[_Line], list[str]]:
+    """The spectra that can be drawn, weighted ones first, and a remark for each that cannot."""
+    lines: list[_Line] = []
+    remarks = []
+    led: set[str] = set()
+    each = [(bond, kind) for bond in bonds for kind in (weighted, spectra) if bond in kind]
+    for bond, kind in each:
+        k, values = bonds.index(bond), np.asarray(kind[bond], dtype=np.float64)
+        plain = bool(weighted) and kind is spectra
         name = _label(bond, 22)
-        prefix = f"{name}: " if len(spectra) > 1 else ""
+        word = f"{WEIGHTED if kind is weighted else PLAIN} " if weighted else ""
+        prefix = f"{name} {word}".rstrip() + ": " if len(bonds) > 1 else word and f"{word.rstrip()}: "
         bad = np.count_nonzero(~np.isfinite(values))
         if values.size == 0:
             remarks.append(f"{prefix}no singular values")
@@ -121,8 +146,12 @@ def _lines(spectra: Mapping[str, Sequence[float]], cuts: Mapping[str, int]) -> t
         else:
             cut = cuts.get(bond)
             label = f"{name}: {values.size}" if cut is None else f"{name}: {cut} of {values.size}"
-            color, style = LINES[k % len(LINES)], "-" if k < len(LINES) else "--"
-            lines.append(_Line(label, np.sort(values)[::-1] / values.max(), cut, color, style))
+            alone = len(bonds) == 1 and plain  # with one bond, colours are free to tell the two kinds apart
+            color = LINES[1] if alone else LINES[k % len(LINES)]
+            style: Any = DASH_DOTTED if plain else "-" if weighted or k < len(LINES) else "--"
+            ordered = np.sort(values)[::-1] / values.max()
+            lines.append(_Line(label, ordered, cut, color, style, plain, bond not in led))
+            led.add(bond)
     return lines, remarks
 
 
@@ -131,35 +160,79 @@ def _draw(axes: Axes, line: _Line, marker: str) -> None:
     shown = line.values > FLOOR
     head = shown & (index <= line.kept)
     common: dict[str, Any] = {"color": line.color, "linestyle": line.style, "marker": marker}
-    axes.plot(index[shown], line.values[shown], alpha=0.35, linewidth=1.4, markersize=3, **common)
-    axes.plot(index[head], line.values[head], linewidth=1.9, markersize=3.4, label=line.label, **common)
+    wide = 1.4 if line.plain else 1.9
+    axes.plot(index[shown], line.values[shown], alpha=0.35, linewidth=min(wide, 1.4), markersize=3, **common)
+    axes.plot(index[head], line.values[head], linewidth=wide, markersize=3.4, label=line.label, **common)
 
 
-def _mark_cuts(axes: Axes, lines: Sequence[_Line], crowded: bool) -> int:
-    """Line, dot and rank of every cut; returns how many rows of numbers stand above the axes."""
+def _mark_cuts(axes: Axes, lines: Sequence[_Line], crowded: bool, even: int | None) -> int:
+    """Line, dot and rank of every cut, and the break-even rank; returns how many rows of numbers stand above."""
     low, high = axes.get_xlim()
-    placed: list[float] = []
+    across = 0.8 * 72 * float(axes.get_figure(root=True).get_figwidth())  # type: ignore[union-attr]  # points, about
+    placed: list[tuple[float, int]] = []
     levels = 0
+    text: dict[str, Any] = {"annotation_clip": False, "textcoords": "offset points"}
+
+    def above(place: int, number: int, color: str, **style: Any) -> None:
+        """A number above the axes, a row higher for each one that is near."""
+        nonlocal levels
+        at = float(np.log(place / low) / np.log(high / low))
+        digits = len(str(number))
+        level = sum(abs(at - other) * across < max(0.075 * across, 3.3 * (digits + more) + 4) for other, more in placed)
+        placed.append((at, digits))
+        levels = max(levels, level + 1)
+        axes.annotate(
+            str(number), (place, 1), xytext=(0, 3 + 11 * level), xycoords=("data", "axes fraction"), ha="center",
+            color=color, **style, **text,
+        )  # fmt: skip
+
+    shared = any(line.plain for line in lines) and sum(line.leads for line in lines) == 1
     for line in lines:
         if line.cut is None:
             continue
         place = max(line.kept, 1)
         value = float(line.values[place - 1])
-        axes.axvline(place, color=line.color, linewidth=0.9, linestyle=(0, (3, 2)), alpha=0.85)
         if line.kept and value > FLOOR:
             axes.plot([place], [value], "o", color=line.color, markersize=6, markeredgecolor="white", zorder=5)
-        text: dict[str, Any] = {"color": line.color, "fontsize": 9, "fontweight": "bold", "annotation_clip": False}
-        text["textcoords"] = "offset points"
-        if crowded:  # the numbers would cover each other above the axes; the legend has them too
-            axes.annotate(str(line.cut), (place, max(value, FLOOR)), xytext=(5, 3), **text)
+        if not line.leads:
             continue
-        at = float(np.log(place / low) / np.log(high / low))
-        level = sum(abs(at - other) < 0.075 for other in placed)
-        placed.append(at)
-        levels = max(levels, level + 1)
-        above = (place, 1), (0, 3 + 11 * level)
-        axes.annotate(str(line.cut), above[0], xytext=above[1], xycoords=("data", "axes fraction"), ha="center", **text)
+        color = INK if shared else line.color  # the cut of one bond belongs to both of its lines
+        axes.axvline(place, color=color, linewidth=0.9, linestyle=DASHED, alpha=0.85)
+        if crowded:  # the numbers would cover each other above the axes; the legend has them too
+            axes.annotate(
+                str(line.cut), (place, max(value, FLOOR)), xytext=(5, 3), color=color, fontsize=9, fontweight="bold",
+                **text,
+            )  # fmt: skip
+            continue
+        above(place, line.cut, color, fontsize=9, fontweight="bold")
+    if even is not None:
+        axes.axvline(even, color=MUTED, linewidth=1.1, linestyle=DOTTED)
+        above(even, even, MUTED, fontsize=8.5)
     return levels
+
+
+def _legend_of_kinds(figure: Figure, lines: Sequence[_Line], even: int | None, width: float) -> None:
+    """Below the axes, where it covers nothing: what the two kinds of lines and the two verticals are."""
+    from matplotlib.lines import Line2D
+
+    single = sum(line.leads for line in lines) == 1
+    handles = []
+    if not single:
+        handles += [Line2D([], [], color=line.color, lw=1.9, label=line.label) for line in lines if line.leads]
+    for plain, word in ((False, WEIGHTED), (True, PLAIN)):
+        kind = [line for line in lines if line.plain == plain]
+        if kind:
+            color = kind[0].color if single else MUTED
+            handles.append(Line2D([], [], color=color, ls=kind[0].style, lw=1.4 if plain else 1.9, label=word))
+    if any(line.cut is not None for line in lines):
+        handles.append(Line2D([], [], color=INK if single else MUTED, ls=DASHED, lw=0.9, label="rank kept"))
+    if even is not None:
+        handles.append(Line2D([], [], color=MUTED, ls=DOTTED, lw=1.1, label="break-even"))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), max(2, int(width * 1.1))), fontsize=7.5,
+        handlelength=1.7, handletextpad=0.5, columnspacing=1.0, labelspacing=0.3, frameon=False, labelcolor=INK,
+        borderpad=0.1,
+    )  # fmt: skip
 
 
 def parameters_figure(

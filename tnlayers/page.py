@@ -181,7 +181,7 @@ def html_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], *, cap
         "<tr>"
         + "".join(
             f"<td{_classes('n' if c.numeric else '', 'name' if c.flexible else '', cell.style)}{_sort_key(cell)}>"
-            f"{_escape(cell.text)}</td>"
+            f"{_breakable(cell.text) if c.flexible else _escape(cell.text)}</td>"
             for c, cell in zip(columns, row, strict=True)
         )
         + "</tr>\n"
@@ -230,6 +230,16 @@ def gallery(pictures: Sequence[tuple[str, str, str]]) -> str:
         )
         + "</div>\n"
     )
+
+
+def beside(left: str, right: str) -> str:
+    """Two pieces of a page side by side, one below the other where it is narrow.
+
+    Example:
+        >>> beside("<p>a</p>", "<p>b</p>").count("<div>")
+        2
+    """
+    return f'<div class="beside"><div>{left}</div><div>{right}</div></div>\n'
 
 
 def paragraph(text: str) -> str:
@@ -344,6 +354,11 @@ def _classes(*names: str) -> str:
     return f' class="{" ".join(names)}"' if names else ""
 
 
+def _breakable(text: str) -> str:
+    """Escaped, with leave to break a line after a dot: dotted names break between their parts."""
+    return _escape(text).replace(".", ".<wbr>")
+
+
 def _sort_key(cell: Cell) -> str:
     if cell.sort is None:
         return ""
@@ -370,7 +385,7 @@ h2 { font-size:18px; margin:40px 0 12px; }
 header p, figcaption span, .context, .what, dd { color:var(--quiet); }
 header p { margin:0; overflow-wrap:anywhere; }
 .tiles { list-style:none; margin:24px 0 0; padding:0; display:grid; gap:12px;
-  grid-template-columns:repeat(auto-fit,minmax(190px,1fr)); }
+  grid-template-columns:repeat(auto-fit,minmax(170px,1fr)); }
 .tiles li { background:var(--raised); border:1px solid var(--line); border-radius:8px; padding:12px 16px; }
 .tiles span { display:block; font-size:13px; overflow-wrap:anywhere; }
 .tiles strong { display:block; font-size:24px; line-height:1.3; font-weight:600; font-variant-numeric:tabular-nums; }
@@ -384,7 +399,7 @@ th.n, td.n { text-align:right; }
 th[aria-sort=ascending] button::after { content:" \\25B2"; font-size:9px; }
 th[aria-sort=descending] button::after { content:" \\25BC"; font-size:9px; }
 td { padding:6px 12px; border-top:1px solid var(--line); white-space:nowrap; vertical-align:top; }
-td.name { white-space:normal; overflow-wrap:anywhere; min-width:150px; font-weight:500; }
+td.name { white-space:normal; overflow-wrap:anywhere; min-width:220px; font-weight:500; }
 td.wrap { white-space:normal; min-width:180px; }
 tbody tr:hover { background:var(--raised); }
 .quiet { color:var(--quiet); } .good { color:var(--good); } .bad { color:var(--bad); font-weight:600; }
@@ -392,6 +407,8 @@ details { margin:10px 0; font-size:13.5px; } summary { cursor:pointer; color:var
 dl { display:grid; grid-template-columns:max-content 1fr; gap:4px 16px; margin:10px 0; }
 dt { font-weight:600; } dd { margin:0; }
 .gallery { display:grid; gap:24px 28px; grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr)); }
+.beside { display:grid; gap:16px 28px; align-items:start;
+  grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr)); } .beside > div { min-width:0; }
 figure { margin:0; min-width:0; } figcaption { font-size:13.5px; margin-bottom:6px; overflow-wrap:anywhere; }
 img.figure { display:block; max-width:100%; height:auto; }
 .hidden { position:absolute; width:1px; height:1px; overflow:hidden; clip-path:inset(50%); }
