@@ -42,7 +42,8 @@ class WeightedSpectrum:
         >>> weight, x, g = torch.randn(5, 6), torch.randn(40, 6), torch.randn(40, 5)
         >>> held = WeightedSpectrum(weight, x, g)
         >>> net = held.network(3)
-        >>> net.ranks, abs(held.error(net) - float(held.values[3:].norm())) < 1e-3 * float(held.values[0])
+        >>> from decompositions import to_dense
+        >>> net.ranks, abs(held.error(to_dense(net)) - float(held.values[3:].norm())) < 1e-3 * float(held.values[0])
         ((3, 3), True)
     """
 
@@ -105,11 +106,8 @@ class WeightedSpectrum:
         middle = (left @ right.mH).contiguous()
         return LowRank(u.to(self.dtype), middle.to(self.dtype), v.conj().to(self.dtype))
 
-    def error(self, matrix: Inexact[Tensor, "m n"] | LowRank) -> float:
+    def error(self, matrix: Inexact[Tensor, "m *n"]) -> float:
         """`‖L (W - W') R^H‖` of any W'."""
-        if isinstance(matrix, LowRank):
-            u, s, v = matrix.cores
-            matrix = u @ s @ v.mT
         rest = self._weight - matrix.detach().flatten(1).to(self._weight)
         return float(torch.linalg.vector_norm(_times(_weighed(self._outputs, rest), self._inputs).double()))
 

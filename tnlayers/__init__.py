@@ -1,11 +1,13 @@
 """Neural-network layers whose weight is a tensor network, and the conversion of whole models."""
 
-from tnlayers.compression.calibration import Calibration as Calibration
 from tnlayers.checkpoint import load as load
 from tnlayers.checkpoint import save as save
-from tnlayers.compression.collect import collect as collect
 from tnlayers.compile import compile as compile
+from tnlayers.compression.calibration import Calibration as Calibration
+from tnlayers.compression.collect import collect as collect
 from tnlayers.compression.compress import compress as compress
+from tnlayers.compression.problems import Weighed as Weighed
+from tnlayers.compression.problems import weigh as weigh
 from tnlayers.contraction_layers import TensorContraction as TensorContraction
 from tnlayers.contraction_layers import TensorRegression as TensorRegression
 from tnlayers.conv import Conv1d as Conv1d
@@ -36,8 +38,6 @@ from tnlayers.optim import compact as compact
 from tnlayers.optim import condition_penalty as condition_penalty
 from tnlayers.optim import geoopt_manifold as geoopt_manifold
 from tnlayers.parametrize import NetworkWeight as NetworkWeight
-from tnlayers.compression.problems import Weighed as Weighed
-from tnlayers.compression.problems import weigh as weigh
 from tnlayers.rank_change import RankChangeWarning as RankChangeWarning
 from tnlayers.report import LayerRow as LayerRow
 from tnlayers.report import Report as Report

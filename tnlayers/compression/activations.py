@@ -111,7 +111,7 @@ def uses(module: nn.Module, x: Inexact[Tensor, "..."] | Tensor) -> Tensor:
         [0.0, 2.0, 0.0, 1.0]
     """
     table: Any = module
-    if x.numel() and not (0 <= int(x.min()) and int(x.max()) < len(table.weight)):
+    if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < len(table.weight)):
         got = int(x.max()) if int(x.max()) >= len(table.weight) else int(x.min())
         raise ValueError(
             f"numbers of rows must be in 0..{len(table.weight) - 1}, got {got}; is it the model's own tokenizer?"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from decompositions import ActivationFactor
+from tnlayers.calling import call
 from tnlayers.compression.activations import features_of, input_rows, kind_of, output_rows, uses
 from tnlayers.compression.calibration import MODES, ActivationScale, Calibration, LayerStatistics, Mode, Uses
 from tnlayers.surgery import Policy, Site, sites, stand_in_for, why_not
@@ -111,6 +112,10 @@ def collect(
             watch.masks = _masks(batch, mask)
             generator = torch.Generator().manual_seed(seed + number)
             with torch.set_grad_enabled(backward):
+                if not isinstance(batch, Mapping | tuple | list | Tensor):
+                    raise ValueError(
+                        f"collect: a batch must be a tensor, a sequence or a dict, got {type(batch).__name__}"
+                    )
                 made = call(model, batch)
                 watch.flush()
                 if backward:
@@ -151,24 +156,6 @@ def targets_of(name: str, model: nn.Module, targets: Sequence[Any] | str | None,
     found = [site for site in sites(model) if stand_in_for(site.module) is not None]
     rules.check(name, found, targets is not None)
     return [s for s in found if rules.recipe_for(s) and not rules.excludes(s) and not why_not(s.module)]
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch: a tensor, a sequence of arguments, or a dict of keyword arguments.
-
-    Example:
-        >>> call(nn.Linear(2, 1), torch.zeros(3, 2)).shape
-        torch.Size([3, 1])
-    """
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise ValueError(
-        f"collect: a batch must be a tensor, a sequence or a dict of arguments, got {type(batch).__name__}"
-    )
 
 
 def _is_quantized(module: nn.Module) -> bool:

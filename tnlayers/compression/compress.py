@@ -16,10 +16,10 @@ from tnlayers.compression.baselines import METHODS
 from tnlayers.compression.calibration import Calibration, LayerStatistics
 from tnlayers.compression.candidates import Candidate, Problem
 from tnlayers.compression.collect import collect
-from tnlayers.convert import parameter_count, tensorize
-from tnlayers.frontier import FrontierPoint
 from tnlayers.compression.policies import POLICIES, choose, frontier
 from tnlayers.compression.problems import Weighed, problem_of, statistics_of, weigh
+from tnlayers.convert import parameter_count, tensorize
+from tnlayers.frontier import FrontierPoint
 from tnlayers.report import LayerRow, Report
 from tnlayers.surgery import Site, replace
 

@@ -10,9 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnlayers.calling import Progress, call, device_of, evaluating, to_device
-from tnlayers.evaluation.result import Evaluation as Evaluation
-from tnlayers.evaluation.result import Metric as Metric
-from tnlayers.evaluation.result import compare as compare
 from tnlayers.evaluation.metrics import Accuracy as Accuracy
 from tnlayers.evaluation.metrics import Pooling
 from tnlayers.evaluation.metrics import Similarity as Similarity
@@ -26,6 +23,9 @@ from tnlayers.evaluation.resources import PeakMemory as PeakMemory
 from tnlayers.evaluation.resources import Throughput as Throughput
 from tnlayers.evaluation.resources import peak_memory as peak_memory
 from tnlayers.evaluation.resources import throughput as throughput
+from tnlayers.evaluation.result import Evaluation as Evaluation
+from tnlayers.evaluation.result import Metric as Metric
+from tnlayers.evaluation.result import compare as compare
 from tnlayers.texts import SANE_LENGTH, Batches, Bos, Texts, batches, check_tokens, max_positions, sample
 
 DEFAULT_BATCH = 32
