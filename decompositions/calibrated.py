@@ -135,8 +135,8 @@ def output_pca(
     """Atomic feature mimicking, reduced order modelling: the principal directions V of the outputs, `W' = V V^H W`.
 
     `centered` takes the covariance of the outputs around their mean, as feature mimicking does; the mean is then
-    restored by adding `(I - V V^H) W mean(x)` to the bias (outputs with a bias b differ from W x by a constant, so that
-    `b - V V^H b` is not needed: b stays). Not centered it is `weighted_low_rank` at mu = 0 by a Gram matrix.
+    restored by `(I - V V^H) W mean(x)`, to be added to the bias: without it every output is off by that constant. Not
+    centered it is `weighted_low_rank` at mu = 0, by a Gram matrix.
 
     Args:
         weight: (m, n), or a kernel (m, *n) taken as the matrix m x n.
@@ -201,7 +201,8 @@ def utilized_rank(
         output_energy: of the outputs; `energy` by default.
 
     Returns:
-        LowRank(U, S, V) with orthonormal U and V: bases of the two spaces; S has their dimensions.
+        LowRank(U, S, V) with orthonormal U and V, bases of the two spaces; S has their dimensions and need not be
+        square.
 
     Raises:
         ValueError: NaN or infinity, another width, a rank below 1, shares outside of (0, 1].
@@ -227,7 +228,8 @@ def utilized_rank(
         u, s, _ = safe_svd(matrix)
         squares = s.square()
         budget = max(1 - float(share), 1e-14) * float(squares.sum())
-        return u[:, : min(cap, truncation_rank(squares, budget, len(s)))]
+        most = len(s) if rank is None else cap
+        return u[:, : min(most, truncation_rank(squares, budget, len(s)))]
 
     v = leading(r.mH, shares[0])
     u = leading(w @ v @ (v.mH @ r.mH), shares[1])
