@@ -29,11 +29,13 @@ class Metric(NamedTuple):
 
     Args:
         target: W, rows and columns.
-        factor: F.
+        factor: F, the activations and what damps them.
         gram: `F^H F`.
         product: `W F^H F`, in the shape of the target.
         size: `‖W F^H‖`.
         cols: modes of the columns.
+        data: the activations alone.
+        layouts: copies of the Gram matrix that cores have asked for.
     """
 
     target: Tensor
@@ -42,12 +44,33 @@ class Metric(NamedTuple):
     product: Tensor
     size: float
     cols: tuple[int, ...]
+    data: Tensor
+    layouts: dict[tuple[int, ...], Tensor]
+
+    def coupling(self, first: tuple[int, ...]) -> Tensor:
+        """The Gram matrix by modes, both indices of the modes `first` before those of the others.
+
+        It is the largest operand of a sweep: as a core needs it, it is copied once.
+        """
+        if first not in self.layouts:
+            count = len(self.cols)
+            rest = [k for k in range(count) if k not in first]
+            order = [*first, *(count + k for k in first), *rest, *(count + k for k in rest)]
+            self.layouts[first] = self.gram.reshape(*self.cols, *self.cols).permute(order).contiguous()
+        return self.layouts[first]
 
     def error(self, net: Network) -> float:
         """`‖(W - W') F^H‖`, absolute."""
         return float(
             torch.linalg.vector_norm((self.target - to_dense(net)).reshape(-1, len(self.gram)) @ self.factor.mH)
         )
+
+    def on_data(self, net: Network) -> float:
+        """`‖(W - W') X‖ / ‖W X‖`."""
+        whole = self.target.reshape(-1, len(self.gram))
+        difference = whole - to_dense(net).to(whole.dtype).reshape(whole.shape)
+        size = float(torch.linalg.vector_norm(whole @ self.data.mH))
+        return float(torch.linalg.vector_norm(difference @ self.data.mH)) / (size or 1.0)
 
     def relative(self, error: float) -> float:
         """In parts of `‖W F^H‖`."""
@@ -70,8 +93,8 @@ def weighted_als(
     A core enters W' linearly: each is corrected by least squares for the others, in the norm of the activations. The
     error never grows (a sweep that rounding would make harmful is undone), and what no activation determines stays
     nearly as the start has it. The corrections solve normal equations of the residual in double precision, with a
-    proximal term of 1e-12: directions of activations below 1e-6 of the largest count in the error, but are refined
-    slowly or, below 1e-8, not at all; what can be missed there is of that size.
+    proximal term of 1e-12, and mu is at least `(eps ‖X‖_2)^2` of the coarser dtype: directions of activations below
+    1e-6 of the largest count in the error, but are refined slowly or, below 1e-8, not at all.
     Cost: m n^2 multiplications a sweep, products of the cores with the n x n Gram matrix, and for each core a system
     of as many unknowns as it has beside its row modes.
 
@@ -83,7 +106,7 @@ def weighted_als(
         mu: weight of the plain error, >= 0.
         max_sweeps: upper bound on the number of sweeps.
         improvement: stop when a sweep lowers the error by less than this share of it.
-        with_error: return `(network, relative weighted error)`.
+        with_error: return `(network, ‖(W - W') X‖ / ‖W X‖)`.
 
     Returns:
         A network like `start`, in the dtype of the weight; a tree has its center in core 0.
@@ -117,9 +140,9 @@ def weighted_als(
     check_sweeps(name, max_sweeps, improvement)
     check_mu(name, mu)
     metric = metric_of(name, weight, factor, float(mu), start.row_modes, start.col_modes)
-    made, error = refine(metric, start.detach().to(metric.target.device, metric.target.dtype), max_sweeps, improvement)
+    made, _ = refine(metric, start.detach().to(metric.target.device, metric.target.dtype), max_sweeps, improvement)
     made = made.to(weight.dtype)
-    return (made, metric.relative(error)) if with_error else made
+    return (made, metric.on_data(made)) if with_error else made
 
 
 def metric_of(
@@ -146,12 +169,16 @@ def metric_of(
             stacklevel=3,
         )
         r = torch.eye(n, dtype=work, device=flat.device)
-    elif mu:
-        r = damped(r, mu)
-    r = torch.nn.functional.pad(r, (0, prod(cols) - n))  # what pads the input is zero
+    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(held.dtype).eps)
+    # large entries that cancel on the data would not survive the dtypes: they cost what rounding makes of them
+    floor = (eps * float(torch.linalg.matrix_norm(r, 2))) ** 2
+    data, r = (
+        torch.nn.functional.pad(one, (0, prod(cols) - n))  # what pads the input is zero
+        for one in (r, damped(r, max(mu, floor)))
+    )
     on_data = target.reshape(-1, r.shape[1]) @ r.mH
     size = float(torch.linalg.vector_norm(on_data))
-    return Metric(target, r, r.mH @ r, (on_data @ r).reshape(target.shape), size, tuple(cols))
+    return Metric(target, r, r.mH @ r, (on_data @ r).reshape(target.shape), size, tuple(cols), data, {})
 
 
 def refine(metric: Metric, net: N, max_sweeps: int, improvement: int | float) -> tuple[N, float]:
@@ -185,20 +212,29 @@ def _corrected(metric: Metric, net: N, k: int) -> N:
     mark = "*" * (1 + max(len(label) - len(label.lstrip("*")) for label in sizes))  # no label begins with as many
     twin = {label: label if label in net.rows else mark + label for label in sizes}
     sizes = {**sizes, **{twin[label]: size for label, size in sizes.items()}}
+    same = {label: label for label in sizes}
     plain = [net.legs[j] for j in others]
     double: list[Labels] = [tuple(twin[label] for label in labels) for labels in plain]
     made = [net.cores[j] for j in others]
     conjugates = [core.conj() for core in made]
 
-    def contract(inputs: list[Labels], operands: list[Tensor], output: list[str]) -> Tensor:
+    def contract(inputs: Sequence[Labels], operands: Sequence[Tensor], output: Sequence[str]) -> Tensor:
         return run(plan_path(inputs, sizes, tuple(output), metric.target.dtype.itemsize).steps, operands)
 
     order = [*systems, *unknown, *own]
     right = contract([net.outside, *plain], [metric.product, *conjugates], order)
-    coupling = metric.gram.reshape(*net.col_modes, *net.col_modes)
-    between = (*(twin[label] for label in net.cols), *net.cols)
+    first = tuple(k for k, label in enumerate(net.cols) if label in leg)
+    rest = tuple(k for k, label in enumerate(net.cols) if label not in leg)
+    between = tuple(names[net.cols[k]] for part in (first, rest) for names in (twin, same) for k in part)
     output = [*systems, *unknown, *(twin[label] for label in unknown)]
-    system = contract([*plain, *double, between], [*conjugates, *made, coupling], output)
+    inputs, operands = [*plain, *double], [*conjugates, *made]
+    bonds = [label for label in unknown if label not in net.cols]
+    middle = (*systems, *bonds, *(twin[label] for label in bonds), *between[2 * len(first) :])
+    apart = bool(others) and not elsewhere & {net.cols[k] for k in first}
+    if apart and prod(sizes[label] for label in middle) <= max(metric.gram.numel(), 1 << 16):
+        # the other cores first, then one matrix product with the Gram matrix as it lies
+        inputs, operands = [middle], [contract(inputs, operands, middle)]
+    system = contract([*inputs, between], [*operands, metric.coupling(first)], output)
     batch, count = [sizes[label] for label in systems], prod(sizes[label] for label in unknown)
     system = system.reshape(*batch, count, count)
     back = [order.index(label) for label in leg]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Inexact
@@ -29,6 +29,9 @@ Ranks = int | Sequence[int] | None
 
 _STEP = 1.6
 """Factor between tolerances that are tried."""
+
+_FINEST = 1e-12
+"""Least tolerance that is tried; below it all ranks are taken."""
 
 _TRIAL = 3
 """Sweeps after which the better start goes on alone."""
@@ -62,7 +65,7 @@ def weighted_tucker2(
         tol: relative weighted error; the ranks are the cheapest that were tried, not the least possible.
         mu: weight of the plain error, or "adaptive" (see `weighted_low_rank`).
         max_sweeps: upper bound on the number of sweeps.
-        with_error: return `(network, relative weighted error)`.
+        with_error: return `(network, ‖(W - W') X‖ / ‖W X‖)`.
 
     Returns:
         Tucker with orthonormal factors; the core is the center.
@@ -80,19 +83,8 @@ def weighted_tucker2(
         torch.Size([3, 2, 3, 3])
     """
     check_kind("weighted_tucker2", kernel, min_order=2)
-    return _fit(
-        "weighted_tucker2",
-        kernel,
-        factor,
-        tucker2,
-        kernel.shape[:1],
-        kernel.shape[1:],
-        rank,
-        tol,
-        mu,
-        max_sweeps,
-        with_error,
-    )
+    rows, cols = kernel.shape[:1], kernel.shape[1:]
+    return _fit("weighted_tucker2", kernel, factor, _tucker2, rows, cols, rank, tol, mu, max_sweeps, with_error)
 
 
 @full_precision
@@ -126,7 +118,7 @@ def weighted_ttm(
         mu: weight of the plain error, or "adaptive" (see `weighted_low_rank`).
         order: number of modes to choose where they are not given.
         max_sweeps: upper bound on the number of sweeps.
-        with_error: return `(network, relative weighted error of the padded matrix)`.
+        with_error: return `(network, ‖(W - W') X‖ / ‖W X‖)`, of the padded matrix.
 
     Returns:
         TTMatrix whose cores are isometries toward the first one.
@@ -180,7 +172,7 @@ def weighted_kronecker(
         tol: relative weighted error; the rank is the least that was tried, not the least possible.
         mu: weight of the plain error, or "adaptive" (see `weighted_low_rank`).
         max_sweeps: upper bound on the number of sweeps.
-        with_error: return `(network, relative weighted error of the padded matrix)`.
+        with_error: return `(network, ‖(W - W') X‖ / ‖W X‖)`, of the padded matrix.
 
     Returns:
         KroneckerSum whose second factor is an isometry of its terms.
@@ -206,6 +198,10 @@ def weighted_kronecker(
     rows, cols = made.row_modes, made.col_modes
     recipe = cast("Callable[..., KroneckerSum]", _on_matrices(kronecker_svd, rows, cols))
     return _fit("weighted_kronecker", weight, factor, recipe, rows, cols, rank, tol, mu, max_sweeps, with_error)
+
+
+def _tucker2(x: Tensor, **keywords: Any) -> Tucker:
+    return cast("Tucker", tucker2(x, **keywords))
 
 
 def _on_matrices(recipe: Callable[..., object], rows: Sequence[int], cols: Sequence[int]) -> Callable[..., object]:
@@ -244,7 +240,7 @@ def _fit(
     if tol is not None and error > tol * (1 + 1e-6):
         warn_truncation(name, error, tol, "the rank binds")
     made = net.to(weight.dtype)
-    return (made, error) if with_error else made
+    return (made, metric.on_data(made)) if with_error else made
 
 
 def _at(metric: Metric, recipe: Callable[..., N], rank: Ranks, tol: float | None, max_sweeps: int) -> tuple[N, float]:
@@ -264,14 +260,14 @@ def _at(metric: Metric, recipe: Callable[..., N], rank: Ranks, tol: float | None
             seen[ranks] = _better(metric, recipe, stretch, ranks, max_sweeps)
         return metric.relative(seen[ranks][1]) <= tol
 
-    level, loosen = tol, fits(tol)
+    level, loosen = max(tol, _FINEST), fits(max(tol, _FINEST))
     for _ in range(12):
         level = level * _STEP if loosen else level / _STEP
-        if level >= 1 or fits(level) != loosen:
+        if not _FINEST < level < 1 or fits(level) != loosen:
             break
-    else:
-        if not loosen:
-            fits(0.0)
+    if not any(metric.relative(error) <= tol for _, error in seen.values()):
+        ranks = recipe(metric.target).ranks if most is None else most
+        seen[ranks] = _better(metric, recipe, stretch, ranks, max_sweeps)
     good = [found for found in seen.values() if metric.relative(found[1]) <= tol]
     if not good:
         return min(seen.values(), key=lambda found: found[1])
@@ -302,7 +298,7 @@ def _stretch(metric: Metric) -> list[Tensor]:
             traced = traced.diagonal(dim1=j, dim2=j + traced.ndim // 2).sum(-1)
         values, vectors = torch.linalg.eigh(traced)
         largest = float(values[-1]) or 1.0
-        root = (values / largest).clamp_min(1e-8).sqrt()
+        root = (values / largest).clamp_min(1e-12).sqrt()
         assert root.shape == (size,)
         roots.append(root.unsqueeze(1) * vectors.mH)
     return roots
