@@ -49,7 +49,7 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.mix(self.embed(ids))))
 
 
-@pytest.mark.parametrize("ranks", ["auto", "loss", "knapsack", "energy", "effective", "uniform"])
+@pytest.mark.parametrize("ranks", ["auto", "loss", "knapsack", "energy", "welore", "effective", "uniform"])
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
 def test_the_budget_is_kept_by_every_policy(ranks, keep):
     net, batches = mlp(), data()

@@ -74,7 +74,8 @@ def compress(
         exclude: name patterns or module types to leave alone.
         formats: families of networks: "low_rank", "tucker" (kernels), "ttm", "kronecker".
         ranks: "loss" (least predicted error of the outputs, needs gradients), "knapsack" (least sum of relative
-            errors), "energy", "effective", "uniform"; "auto" is "loss" with gradients and "uniform" without.
+            errors), "energy", "welore", "effective", "uniform" (see `policies.choose`); "auto" is "loss" with
+            gradients and "uniform" without.
         method: how a low-rank network is made: "weighted", or a baseline for comparison: "plain", "asvd", "svd_llm",
             "output_pca", "utilized_rank", "fisher"; or a callable (weight, statistics, rank) -> LowRank.
         mu: ridge of the inputs, in units of their mean square; "adaptive" takes it from the errors at the chosen rank,
@@ -159,7 +160,7 @@ class _Maker(NamedTuple):
 
     def __call__(self, problem: Problem, candidate: Candidate, layer: LayerStatistics | None) -> Network:
         assert candidate.make is not None
-        if self.method == "weighted" or candidate.format != "low_rank" or layer is None:
+        if self.method == "weighted" or candidate.format != "low_rank" or layer is None or problem.table:
             return candidate.make(self._regular(problem, candidate))
         recipe = METHODS[self.method] if isinstance(self.method, str) else self.method
         return recipe(problem.weight.detach().flatten(1), layer, candidate.ranks[0])

@@ -6,7 +6,7 @@ from math import inf
 from decompositions.knapsack import Frontier, Option
 from tnlayers.compression.candidates import Candidate, Problem, effective_rank
 
-POLICIES = ("auto", "loss", "knapsack", "energy", "effective", "uniform")
+POLICIES = ("auto", "loss", "knapsack", "energy", "welore", "effective", "uniform")
 
 
 def choose(
@@ -20,8 +20,8 @@ def choose(
 
     "loss" and "knapsack" minimize the sum of the errors, or of the errors relative to the layer's own, exactly
     (`Frontier`); "uniform" gives every layer the same share of its price; "energy" lets every layer lose the same share
-    of its weighted energy; "effective" gives prices in proportion to effective ranks, and spends what a layer cannot
-    use on the others.
+    of its weighted energy; "welore" keeps the singular values above the same share of the layer's largest; "effective"
+    gives prices in proportion to effective ranks, and spends what a layer cannot use on the others.
 
     Args:
         policy: see above.
@@ -32,6 +32,9 @@ def choose(
 
     Raises:
         ValueError: a budget or an error out of reach.
+
+    References:
+        A. Jaiswal et al., From GaLore to WeLore, 2024, arXiv 2407.11239 ("welore").
 
     Example:
         >>> import torch
@@ -108,6 +111,15 @@ def _measure(
             allowed = (1 - level) ** 2 * problem.total
             fitting = [i for i, c in enumerate(group) if c.error <= allowed]
             return min(fitting, key=lambda i: (group[i].price, group[i].error))
+        if policy == "welore":
+            values = problem.spectrum.values
+            rank = int((values > (1 - level) * values[0]).sum())
+            fitting = [i for i, c in enumerate(group) if c.make is not None and max(c.ranks) <= rank]
+            best = min(fitting, key=lambda i: group[i].error) if fitting else -1
+            even = max((max(c.ranks) for c in group if c.make is not None), default=0)
+            if best >= 0 and rank <= even:
+                return best
+            return 0 if rank > even else min(range(len(group)), key=lambda i: group[i].price)
         share = level
         if policy == "effective":
             own = wide[k] * sum(problem.matrix.shape) * problem.price / max(problem.whole_price, 1)
