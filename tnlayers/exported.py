@@ -80,6 +80,7 @@ def export_dense(source: Pretrained | nn.Module | str | Path, out: str | Path, *
             dense = densify(copy.deepcopy(held.model))
             if held.kind == "timm":
                 about = {**held.config, "num_classes": getattr(dense, "num_classes", None)}
+                about["pretrained_cfg"] = _plain_settings(getattr(dense, "pretrained_cfg", None))
                 (temporary / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             _save_tensors({key: t.clone() for key, t in dense.state_dict().items()}, temporary)
     return Path(out)
@@ -311,6 +312,12 @@ def _opened(who: str, source: Any) -> Pretrained:
     if isinstance(source, str | Path):
         return load_folder(source) if (Path(source) / PLAN_FILE).is_file() else open_pretrained(source)
     return as_pretrained(who, source)
+
+
+def _plain_settings(settings: Any) -> dict[str, Any]:
+    """What timm says of input sizes and classes, without where the weights came from."""
+    names = ("num_classes", "input_size", "crop_pct", "interpolation", "mean", "std", "first_conv", "classifier")
+    return {name: settings[name] for name in names if isinstance(settings, dict) and name in settings}
 
 
 def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:

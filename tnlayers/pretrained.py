@@ -137,6 +137,10 @@ def open_pretrained(
                 f"open_pretrained: {name} holds a compressed model of a class of its own; drop task, dtype"
             )
         return load_folder(folder, device=device)
+    if (folder / "two_linear.json").is_file():
+        raise ValueError(
+            f"open_pretrained: {name} holds pairs of plain layers; build it with load(folder) of its load_two_linear.py"
+        )
     local = _inner_folder(folder) if folder.is_dir() else None
     raw = _raw_config(name, local)
     if local is not None and "architecture" in raw and "model_type" not in raw:
