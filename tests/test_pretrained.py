@@ -117,7 +117,8 @@ def run(model, name):
 
 
 def relative(value, reference):
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())
 
 
 # --- there and back ---
