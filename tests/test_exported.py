@@ -117,8 +117,6 @@ def test_what_is_no_product_of_two_matrices_stays_and_is_listed():
     assert "no product of two matrices" in kept["0"]
     assert "groups=2" in kept["2"]
     assert all(model[name] is layer for name, layer in before.items())
-    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
-        as_two_linear("model")
 
 
 def test_formats_that_a_cut_separates_are_pairs_too():
@@ -309,6 +307,12 @@ def test_what_is_overwritten_and_what_is_not(tmp_path):
         save_folder(model, tmp_path / "photos" / "me.png", plan={})
     with pytest.raises(FileNotFoundError, match=r"the parent of the folder must exist"):
         save_folder(model, tmp_path / "no" / "net", plan={})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
+        as_two_linear("model")
     with pytest.raises(TypeError, match=r"expected a Pretrained or a torch.nn.Module, got str"):
         save_folder("net", tmp_path / "other", plan={})
 

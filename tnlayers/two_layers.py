@@ -30,6 +30,7 @@ class TwoLayers(nn.Sequential):
     """`nn.Sequential` of two layers that stand for one; models that ask that one for weight or bias still find them.
 
     Example:
+        >>> import torch
         >>> pair = TwoLayers(nn.Linear(6, 2, bias=False), nn.Linear(2, 4))
         >>> pair.weight.shape, pair(torch.ones(3, 6)).shape
         (torch.Size([4, 6]), torch.Size([3, 4]))
