@@ -79,6 +79,9 @@ def test_a_pair_has_the_function_and_the_weight_of_the_layer(name, extra):
     ), "S lies on the side where it is free; a padding vector outside the span costs a column"
     assert (pair.bias is None) == (getattr(dense, "bias", None) is None)
     assert not pair.training
+    names = ("in_features", "out_features", "in_channels", "out_channels", "num_embeddings", "embedding_dim")
+    for name in (*names, "padding_idx", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(pair, name, None) == getattr(dense, name, None), name
 
 
 def test_a_padding_vector_within_the_span_costs_nothing():

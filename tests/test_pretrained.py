@@ -185,6 +185,18 @@ def test_pooling_is_read_or_said_to_be_another(tmp_path, settings, pooling):
         assert open_pretrained(source).pooling == pooling
 
 
+def test_image_processors_travel(tmp_path):
+    pytest.importorskip("PIL")
+    held = compressed(tmp_path, "vit")
+    assert held.image_processor is None
+    held.image_processor = transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
+    again = load_folder(save_folder(held, tmp_path / "out", plan={}))
+    picture = (torch.arange(3 * 20 * 20).reshape(20, 20, 3) % 255).byte().numpy()
+    seen = [found.image_processor(picture, return_tensors="pt").pixel_values for found in (held, again)]
+    assert seen[0].shape == (1, 3, 16, 16)
+    assert torch.equal(*seen)
+
+
 def test_modules_stay_in_their_folder(tmp_path):
     source = dense_folder(tmp_path / "a")
     sentence_folder(source, {"pooling_mode_cls_token": True}, path="../elsewhere")

@@ -25,15 +25,20 @@ PLAIN = (
 )
 """The layers of torch.nn that such a folder may ask for."""
 
+FIRST = ("in_features", "in_channels", "num_embeddings", "padding_idx")
+SECOND = ("out_features", "out_channels")
+WINDOW = ("kernel_size", "stride", "padding", "dilation", "output_padding", "groups")
+"""Settings of the one layer, by which of the two has them; those of WINDOW are with the one that has the kernel."""
+
 
 class TwoLayers(nn.Sequential):
-    """`nn.Sequential` of two layers that stand for one; models that ask that one for weight or bias still find them.
+    """`nn.Sequential` of two layers that stand for one; models that ask that one for weight, bias or sizes find them.
 
     Example:
         >>> import torch
         >>> pair = TwoLayers(nn.Linear(6, 2, bias=False), nn.Linear(2, 4))
-        >>> pair.weight.shape, pair(torch.ones(3, 6)).shape
-        (torch.Size([4, 6]), torch.Size([3, 4]))
+        >>> pair.weight.shape, pair.out_features, pair(torch.ones(3, 6)).shape
+        (torch.Size([4, 6]), 4, torch.Size([3, 4]))
     """
 
     @property
@@ -42,7 +47,7 @@ class TwoLayers(nn.Sequential):
         first, second = (getattr(module, "weight") for module in self)  # noqa: B009
         if isinstance(self[0], nn.Embedding):
             return first @ second.mT
-        if type(self[1]).__name__.startswith("ConvTranspose"):
+        if self._transposed():
             return (first.flatten(1).mT @ second.flatten(1)).unflatten(1, second.shape[1:])
         return (second.flatten(1) @ first.flatten(1)).unflatten(1, first.shape[1:])
 
@@ -50,6 +55,20 @@ class TwoLayers(nn.Sequential):
     def bias(self) -> Tensor | None:
         """The bias of the second layer."""
         return getattr(self[1], "bias", None)
+
+    def _transposed(self) -> bool:
+        return type(self[1]).__name__.startswith("ConvTranspose")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FIRST:
+            return getattr(self[0], name)
+        if name == "embedding_dim" and isinstance(self[0], nn.Embedding):
+            return self[1].out_features
+        if name in SECOND and not isinstance(self[0], nn.Embedding):
+            return getattr(self[1], name)
+        if name in WINDOW:
+            return getattr(self[1 if self._transposed() else 0], name)
+        return super().__getattr__(name)
 
 
 def build(rows: list[dict[str, Any]]) -> nn.Module:
