@@ -16,10 +16,10 @@ from torch import nn
 import tnlayers
 from decompositions import LowRank, cp_als, hosvd, svd, ttm_svd
 from tnlayers import two_layers
-from tnlayers.exported import as_two_linear, export_dense, export_two_linear
-from tnlayers.folder import load_folder, save_folder, written_folder
-from tnlayers.hub import check_config, inside
-from tnlayers.pretrained import Pretrained, open_pretrained
+from tnlayers.pretrained.exported import as_two_linear, export_dense, export_two_linear
+from tnlayers.pretrained.folder import load_folder, save_folder, written_folder
+from tnlayers.pretrained.hub import check_config, inside
+from tnlayers.pretrained.model import Pretrained, open_pretrained
 
 
 def relative(value, reference):

@@ -13,10 +13,10 @@ from tiny_transformers import CASES, POSITIONS, WORDS, compressed, dense_folder,
 
 import tnlayers  # noqa: E402
 from decompositions import svd  # noqa: E402
-from tnlayers.exported import export_dense  # noqa: E402
-from tnlayers.folder import load_folder, save_folder  # noqa: E402
-from tnlayers.hub import PretrainedWarning  # noqa: E402
-from tnlayers.pretrained import open_pretrained  # noqa: E402
+from tnlayers.pretrained.exported import export_dense  # noqa: E402
+from tnlayers.pretrained.folder import load_folder, save_folder  # noqa: E402
+from tnlayers.pretrained.hub import PretrainedWarning  # noqa: E402
+from tnlayers.pretrained.model import open_pretrained  # noqa: E402
 
 
 @pytest.fixture

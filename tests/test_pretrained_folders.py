@@ -21,9 +21,9 @@ import tnlayers  # noqa: E402
 from decompositions import svd, ttm_svd  # noqa: E402
 from tnlayers import folder as folders  # noqa: E402
 from tnlayers import two_layers  # noqa: E402
-from tnlayers.exported import as_two_linear, export_dense, export_two_linear  # noqa: E402
-from tnlayers.folder import load_folder, save_folder  # noqa: E402
-from tnlayers.pretrained import open_pretrained  # noqa: E402
+from tnlayers.pretrained.exported import as_two_linear, export_dense, export_two_linear  # noqa: E402
+from tnlayers.pretrained.folder import load_folder, save_folder  # noqa: E402
+from tnlayers.pretrained.model import open_pretrained  # noqa: E402
 
 
 @pytest.fixture

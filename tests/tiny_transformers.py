@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 import tnlayers  # noqa: E402
 from decompositions import svd  # noqa: E402
-from tnlayers.pretrained import open_pretrained  # noqa: E402
+from tnlayers.pretrained.model import open_pretrained  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

@@ -21,6 +21,8 @@ from tnlayers.convert import summary as summary
 from tnlayers.convert import tensorize as tensorize
 from tnlayers.embedding import Embedding as Embedding
 from tnlayers.embedding_bag import EmbeddingBag as EmbeddingBag
+from tnlayers.evaluation.evaluate import evaluate as evaluate
+from tnlayers.evaluation.perplexity import perplexity as perplexity
 from tnlayers.explain import explain as explain
 from tnlayers.freeze import Freeze as Freeze
 from tnlayers.freeze import FreezeRow as FreezeRow
@@ -38,7 +40,12 @@ from tnlayers.optim import compact as compact
 from tnlayers.optim import condition_penalty as condition_penalty
 from tnlayers.optim import geoopt_manifold as geoopt_manifold
 from tnlayers.parametrize import NetworkWeight as NetworkWeight
+from tnlayers.pretrained.exported import export_dense as export_dense
+from tnlayers.pretrained.exported import export_two_linear as export_two_linear
+from tnlayers.pretrained.folder import save_folder as save_folder
+from tnlayers.pretrained.model import open_pretrained as open_pretrained
 from tnlayers.rank_change import RankChangeWarning as RankChangeWarning
 from tnlayers.report import LayerRow as LayerRow
 from tnlayers.report import Report as Report
 from tnlayers.shuffled import Shuffled as Shuffled
+from tnlayers.texts import read_texts as read_texts

@@ -23,6 +23,8 @@ from tnlayers.surgery import network_layers, replace, sites, stand_in_for
 
 FORMAT_VERSION = 1
 KEY = "tnlayers"
+PLAN = "tnlayers.json"
+"""File of a folder that says which class the model is of."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -82,16 +84,19 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str = "cpu") -> nn.Module:
-    """Give a model the structure and the numbers of a saved one.
+def load(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Give a model the structure and the numbers of a saved one; or build it, from a folder that says its class.
 
     `model` is an instance of the same class, dense or tensorized, on any device, the meta device included; its layers
     are replaced where the file says so and the tensors are assigned, so dense weights of a meta model are never
     allocated. Labels and shapes are checked before anything is allocated; nothing is changed if a check fails.
 
     Args:
-        path: what `save` was given or returned.
-        model: changed in place (unless it is itself a layer to replace: use what is returned).
+        path: what `save` was given or returned; or a folder that `save_folder` or `tnlayers compress` wrote.
+        model: changed in place (unless it is itself a layer to replace: use what is returned). A folder of a model of
+            transformers or timm needs none: it is built on the meta device.
         device: where the tensors go.
 
     Returns:
@@ -100,6 +105,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged file, another version, layers, settings or tensors that the model does not have; by name.
+        TypeError: a file without a model.
 
     Example:
         >>> import tempfile, torch, tnlayers
@@ -111,6 +117,15 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
         ...     tnlayers.load(file, model).weight.device.type
         'cpu'
     """
+    if (Path(path) / PLAN).is_file():
+        from tnlayers.pretrained.folder import load_folder
+
+        return load_folder(Path(path), device=device, model=model).model
+    if model is None:
+        raise TypeError(
+            f"load: a file holds numbers and networks but no class, expected model= (on the meta device, say), got "
+            f"{str(path)!r} alone; folders of save_folder need none"
+        )
     file = Path(path) if Path(path).is_file() else _with_suffix(path)
     if not file.is_file():
         found = "which is a folder" if Path(path).is_dir() else "which does not exist"

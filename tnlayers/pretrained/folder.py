@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tnlayers import checkpoint
-from tnlayers.hub import (
+from tnlayers.layer import NetworkLayer
+from tnlayers.pretrained.hub import (
     check_config,
     import_transformers,
     named_class,
@@ -29,8 +30,7 @@ from tnlayers.hub import (
     sentence_files,
     timm_model,
 )
-from tnlayers.layer import NetworkLayer
-from tnlayers.pretrained import PLAN_FILE, Pretrained
+from tnlayers.pretrained.model import PLAN_FILE, Pretrained
 from tnlayers.surgery import network_layers
 
 FOLDER_VERSION = 1

@@ -9,20 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnlayers import two_layers
 from tnlayers.checkpoint import _unique_tensors
 from tnlayers.conv import ConvolutionLayer
 from tnlayers.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from tnlayers.convert import densify
 from tnlayers.embedding import Embedding
-from tnlayers.folder import PLAN_FILE, as_pretrained, load_folder, make_skeleton, versions, write_beside, written_folder
 from tnlayers.frozen import best_cut, merge
-from tnlayers.hub import quiet
 from tnlayers.layer import NetworkLayer
 from tnlayers.linear import Linear
-from tnlayers.pretrained import Pretrained, open_pretrained
+from tnlayers.pretrained import two_layers
+from tnlayers.pretrained.folder import (
+    PLAN_FILE,
+    as_pretrained,
+    load_folder,
+    make_skeleton,
+    versions,
+    write_beside,
+    written_folder,
+)
+from tnlayers.pretrained.hub import quiet
+from tnlayers.pretrained.model import Pretrained, open_pretrained
+from tnlayers.pretrained.two_layers import TwoLayers
 from tnlayers.surgery import is_transposed, keep_hooks, replace, sites, weight_key
-from tnlayers.two_layers import TwoLayers
 
 ARGUMENTS = {
     "Linear": ("in_features", "out_features"),

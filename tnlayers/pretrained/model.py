@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnlayers.hub import (
+from tnlayers.pretrained.hub import (
     PretrainedWarning,
     check_config,
     fetch,
@@ -130,7 +130,7 @@ def open_pretrained(
             f"open_pretrained: expected a folder or the name of a model, got {name!r}, {found}; check the path"
         )
     if (folder / PLAN_FILE).is_file():
-        from tnlayers.folder import load_folder
+        from tnlayers.pretrained.folder import load_folder
 
         if task is not None or dtype is not None:
             raise ValueError(

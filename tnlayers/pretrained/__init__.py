@@ -1,0 +1,1 @@
+"""Pretrained models of transformers and timm: opened, saved with their networks, exported as plain ones."""
