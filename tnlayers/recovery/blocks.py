@@ -74,7 +74,8 @@ def reconstruct(
         blocks: names or patterns ("encoder.layer.*", one level a dot); by default see `find_blocks`. They are taken in
             the order in which they are called.
         steps: of descent a block, 200 by default where no seconds are given; 0 for least squares alone.
-        seconds: limit for all blocks together, shared equally among those that are left.
+        seconds: limit for all blocks together, shared equally among those that are left; at most half of it goes to
+            least squares.
         lr: peak learning rate.
         sequential: see above.
         closed_form: whether to solve layers by least squares first.
@@ -243,7 +244,8 @@ class _Run:
                 before = block_error(block, store, power)
                 if not before < float("inf"):
                     raise ValueError(f"reconstruct: outputs of {name} must be finite, got a relative error of {before}")
-                solved, layers = self.solve(block, original, store, power, before)
+                until = None if end is None else start + 0.5 * (end - start)
+                solved, layers = self.solve(block, original, store, power, before, clock, until)
                 standing = Standing(best=copied(block), value=solved)
             else:
                 before, solved, layers = inner["before"], inner["solved"], tuple(inner["layers"])
@@ -323,15 +325,24 @@ class _Run:
         return x.to(device_of(self.model), torch.float32 if x.dtype in HALF else x.dtype)
 
     def solve(
-        self, block: nn.Module, original: nn.Module, store: Store, power: float, error: float
+        self,
+        block: nn.Module,
+        original: nn.Module,
+        store: Store,
+        power: float,
+        error: float,
+        clock: Clock,
+        until: float | None,
     ) -> tuple[float, tuple[str, ...]]:
-        """Solve the layers of a block one by one, each kept where the error of the block falls."""
+        """Solve the layers of a block one by one, while there is time; each is kept where the block's error falls."""
         if not self.closed_form:
             return error, ()
         owners, done = owners_of_parameters(self.model), []
         dense = dict(original.named_modules())
         for name, layer in list(block.named_modules()):
             tied = any(len(owners[id(core)]) > 1 for core in getattr(layer, "cores", ()))
+            if until is not None and clock.elapsed > until:
+                break
             if why_not_solved(layer) or tied or name not in dense:
                 continue
             assert isinstance(layer, Linear)

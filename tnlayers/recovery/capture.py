@@ -58,8 +58,7 @@ def call_order(model: nn.Module, names: Sequence[str], batch: Any) -> list[str]:
     """
     called: list[str] = []
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda m, a, n=name: called.append(n))
-        for name in names
+        model.get_submodule(name).register_forward_pre_hook(lambda m, a, n=name: called.append(n)) for name in names
     ]
     try:
         with torch.no_grad():

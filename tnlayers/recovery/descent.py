@@ -117,6 +117,7 @@ def descend(
     judge: Callable[[], float] | None = None,
     state_of: Callable[[nn.Module], dict[str, Any]] = copied,
     stepped: Callable[[float], None] | None = None,
+    settled: Callable[[], None] | None = None,
     save: Callable[[], None] | None = None,
     tell: Callable[[int, float], None] | None = None,
 ) -> Ended:
@@ -140,6 +141,7 @@ def descend(
         judge: validation loss of the module as it is.
         state_of: a state dict in memory of its own.
         stepped: called with the part of the way after every step.
+        settled: called before every save, saved or not: brings the optimizer to what a saved state would give.
         save: writes a checkpoint.
         tell: called as (step, mean loss) after every step.
     """
@@ -173,6 +175,8 @@ def descend(
                 moment = _moment(standing, float(total), before, name)
                 _look(module, standing, judge, state_of, moment)
                 total.zero_()
+                if settled is not None:
+                    settled()
                 if save is not None:
                     save()
                 checks += clock.elapsed - before

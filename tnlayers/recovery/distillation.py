@@ -278,12 +278,11 @@ class _Run:
         standing = Standing(best=copied(model), value=before if self.validate is not None else float("inf"))
         feed = Feed(self.batches, generator)
         try:
+            optimizer = self._optimizer(made, lr)  # with the budget of the ranks at the start
+            bases = [float(group["lr"]) for group in optimizer.param_groups]
             if found is not None:
                 clock, before, standing = Clock(found["elapsed"]), found["before"], Standing.of(found["standing"])
                 model.load_state_dict(found["state"])
-            optimizer = self._optimizer(made, lr)
-            bases = [float(group["lr"]) for group in optimizer.param_groups]
-            if found is not None:
                 optimizer.load_state_dict(found["optimizer"])
                 feed.load(found["feed"])
         except BaseException:
@@ -310,6 +309,10 @@ class _Run:
             if self.adaptive is not None and part >= SETTLE and not self.adaptive.fixed:
                 self.adaptive.settle()
 
+        def as_loaded() -> None:
+            # gauges made anew and gauges of a saved tree differ in the last bits: both runs go on from the latter
+            optimizer.load_state_dict(optimizer.state_dict())
+
         # a last look, with validation, comes after the last step: within the time too
         end = None if self.seconds is None else max(float(self.seconds) - checked, 0.5 * float(self.seconds))
         ended = descend(
@@ -326,6 +329,7 @@ class _Run:
             judge=self.judge if self.validate is not None else None,
             state_of=lambda module: copied(module) if self.adaptive is None else copied(compact(module)),
             stepped=settle,
+            settled=as_loaded if self.adaptive is not None else None,
             save=save,
             tell=tell,
         )

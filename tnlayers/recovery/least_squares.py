@@ -175,6 +175,8 @@ def solve_pairs(layer: Linear, pairs: Pairs, ridge: float) -> LeastSquares:
         systems, others = system.shape
         step = max(1, CHUNK // (systems * others * max(system.width, system.right)))
         for x_all, y_all in pairs():
+            if len(x_all) == 0:
+                continue
             for x, y in zip(x_all.split(step), y_all.split(step), strict=True):
                 x, y = x.to(matrix.device).double(), y.to(matrix.device).double()
                 z = system.inner(nn.functional.pad(x, (0, prod(system.net.col_modes) - x.shape[1])))
