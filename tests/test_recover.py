@@ -249,7 +249,7 @@ def test_masked_tokens_do_not_count():
     assert torch.equal(layer.cores[0], other.cores[0])
 
 
-def test_solve_linear_refuses():
+def test_solve_linear_refuses(unchecked):
     layer = double_layer("svd")
     x, y = torch.randn(20, 10, dtype=torch.float64), torch.randn(20, 12, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"must be a tnlayers\.Linear, got Linear"):
@@ -428,7 +428,7 @@ class Twice(nn.Module):
         return self.layers[0](self.layers[0](x))
 
 
-def test_reconstruct_refuses():
+def test_reconstruct_refuses(unchecked):
     teacher = mlp()
     model = shortened(teacher)
     x = vectors(0)
@@ -630,7 +630,7 @@ def held_half(batches):
     return [batch.bfloat16() for batch in batches]
 
 
-def test_distill_refuses():
+def test_distill_refuses(unchecked):
     teacher = mlp()
     model = shortened(teacher)
     x = vectors(0)

@@ -1,5 +1,6 @@
 """Block after block fitted to that of the original: least squares, then descent."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class _Run:
 
     def all_blocks(self, generator: torch.Generator) -> Recovery:
         """Every block in the order of calls."""
-        found = self.file.found
+        clock, found = Clock(), self.file.found
         names = call_order(self.teacher, self.names, next(iter(self.batches)))
         history: list[Moment] = []
         rows: list[BlockRow] = []
@@ -182,9 +183,11 @@ class _Run:
             rows = [BlockRow.from_dict(one) for one in found["rows"]]
             inner, before = found["inner"], found["before"]
             generator.set_state(found["generator"])
+            clock = Clock(found["elapsed"])
         else:
             before = self.output_error()
-        clock = Clock(0.0 if found is None else found["elapsed"])
+            if self.seconds is not None:  # the same will be measured at the end: within the time too
+                self.seconds = max(self.seconds - clock.elapsed, 0.5 * self.seconds)
 
         def save(inner: dict[str, Any] | None) -> None:
             self.file.write(
@@ -349,14 +352,16 @@ class _Run:
             with Store(self.cache_bytes) as pairs, torch.no_grad():
                 if not layer_pairs(pairs, block, layer, original, dense[name], store):
                     continue
-                kept = {k: v.clone() for k, v in layer.state_dict().items()}
-                solve_pairs(layer, pairs.entries, RIDGE)
-            new = block_error(block, store, power)
+                kept, new = copied(layer), math.inf
+                try:
+                    solve_pairs(layer, pairs.entries, RIDGE)
+                    new = block_error(block, store, power)
+                finally:  # also where it was interrupted
+                    if not new < error:
+                        layer.load_state_dict(kept)
             if new < error:
                 error = new
                 done.append(name or type(layer).__name__)
-            else:
-                layer.load_state_dict(kept)
         return error, tuple(done)
 
     def output_error(self) -> float:
