@@ -323,6 +323,8 @@ def test_a_killed_collection_goes_on_bit_for_bit(tmp_path, killed):
     assert seen == []  # finished
     with pytest.raises(ValueError, match="same layers and mode"):
         tnlayers.collect(net, batches, mode="diagonal", checkpoint=file)
+    with pytest.raises(ValueError, match="expected 'other texts', got ''"):
+        tnlayers.collect(net, batches, checkpoint=file, source="other texts")
 
 
 def test_merged_calibrations_are_one():

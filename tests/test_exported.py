@@ -15,7 +15,7 @@ from torch import nn
 
 import tnlayers
 from decompositions import LowRank, cp_als, hosvd, svd, ttm_svd
-from tnlayers import two_layers
+from tnlayers.pretrained import two_layers
 from tnlayers.pretrained.exported import as_two_linear, export_dense, export_two_linear
 from tnlayers.pretrained.folder import load_folder, save_folder, written_folder
 from tnlayers.pretrained.hub import check_config, inside
@@ -335,7 +335,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_a_killed_process_leaves_the_old_folder(tmp_path):
     out = save_folder(small(), tmp_path / "net", plan={"a": 1})
     code = (
-        "import os, torch; from tnlayers import folder; folder.checkpoint.save = lambda *_: os._exit(9)\n"
+        "import os, torch; from tnlayers.pretrained import folder; folder.checkpoint.save = lambda *_: os._exit(9)\n"
         f"folder.save_folder(torch.nn.Linear(2, 2), {str(out)!r}, plan={{'a': 2}}, overwrite=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False)

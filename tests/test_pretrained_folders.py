@@ -19,8 +19,8 @@ from tiny_transformers import CASES, IDS, compressed, dense_folder, relative, ru
 
 import tnlayers  # noqa: E402
 from decompositions import svd, ttm_svd  # noqa: E402
-from tnlayers import folder as folders  # noqa: E402
-from tnlayers import two_layers  # noqa: E402
+from tnlayers.pretrained import folder as folders  # noqa: E402
+from tnlayers.pretrained import two_layers  # noqa: E402
 from tnlayers.pretrained.exported import as_two_linear, export_dense, export_two_linear  # noqa: E402
 from tnlayers.pretrained.folder import load_folder, save_folder  # noqa: E402
 from tnlayers.pretrained.model import open_pretrained  # noqa: E402

@@ -190,6 +190,7 @@ class Calibration:
         batches: seen.
         power: expected square of what the gradients belong to, summed over all that was seen (`‖z‖^2`, or the number
             of labels); 0 without gradients.
+        source: of the data, in the caller's words.
 
     Example:
         >>> import tempfile, tnlayers
@@ -206,6 +207,7 @@ class Calibration:
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     batches: int = 0
     power: float = 0.0
+    source: str = ""
 
     @property
     def has_gradients(self) -> bool:
@@ -277,6 +279,7 @@ class Calibration:
                     tensors |= {f"{key}.{what}": t.detach().cpu().contiguous() for what, t in value.state().items()}
             rows[name] = {"kind": layer.kind, "tokens": layer.tokens, "parts": parts}
         head = {"kind": KIND, "version": VERSION, "mode": self.mode, "batches": self.batches, "power": self.power}
+        head["source"] = self.source
         return tensors, head | {"layers": rows}
 
     @classmethod
@@ -293,7 +296,7 @@ class Calibration:
             )
             for name, row in head["layers"].items()
         }
-        return cls(head["mode"], layers, int(head["batches"]), float(head["power"]))
+        return cls(head["mode"], layers, int(head["batches"]), float(head["power"]), head.get("source", ""))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file, whole or not at all.

@@ -41,6 +41,7 @@ def collect(
     dtype: torch.dtype = torch.float32,
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 50,
+    source: str = "",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Calibration:
     """Triangular factors of what every layer sees, in one pass: `X^H X = R^H R`, never a Gram matrix.
@@ -67,6 +68,7 @@ def collect(
         dtype: of the factors.
         checkpoint: file that is written every `every` batches and from which a killed collection goes on.
         every: see above.
+        source: what the data are, in your words; a checkpoint of another source is refused.
         progress: called as (done, total, text); total is 0 where `batches` has no length.
 
     Returns:
@@ -92,7 +94,7 @@ def collect(
     wanted = targets_of("collect", model, targets, exclude)
     if not wanted:
         raise ValueError("collect: the model must have a layer that can be calibrated, got none; look at targets")
-    held = Calibration(mode, {site.name: LayerStatistics(kind_of(site.module)) for site in wanted})
+    held = Calibration(mode, {site.name: LayerStatistics(kind_of(site.module)) for site in wanted}, source=source)
     if checkpoint is not None and Path(checkpoint).exists():
         found = Calibration.load(checkpoint)
         if found.mode != mode or found.layers.keys() != held.layers.keys():
@@ -100,6 +102,11 @@ def collect(
                 f"collect: the checkpoint must be of the same layers and mode, expected {mode!r} and "
                 f"{len(held.layers)} layers, got {found.mode!r} and {len(found.layers)} in {str(checkpoint)!r}; remove "
                 "it, or give another name"
+            )
+        if found.source != source:
+            raise ValueError(
+                f"collect: the checkpoint must be of the same data, expected {source!r}, got {found.source!r} in "
+                f"{str(checkpoint)!r}; remove it, or give another name"
             )
         held = found
     total = len(batches) if isinstance(batches, Sized) else 0
