@@ -196,12 +196,18 @@ def weighted_kronecker(
     check_finite("weighted_kronecker", weight)
     made = cast("KroneckerSum", kronecker_svd(weight, row_modes, col_modes, rank=1))  # for its modes
     rows, cols = made.row_modes, made.col_modes
-    recipe = cast("Callable[..., KroneckerSum]", _on_matrices(kronecker_svd, rows, cols))
+    recipe = cast("Callable[..., KroneckerSum]", _on_matrices(_kronecker, rows, cols))
     return _fit("weighted_kronecker", weight, factor, recipe, rows, cols, rank, tol, mu, max_sweeps, with_error)
 
 
 def _tucker2(x: Tensor, **keywords: Any) -> Tucker:
     return cast("Tucker", tucker2(x, **keywords))
+
+
+def _kronecker(x: Tensor, *, rank: Ranks = None, **keywords: Any) -> KroneckerSum:
+    """One bond: its rank may come as a tuple."""
+    one = rank[0] if isinstance(rank, Sequence) else rank
+    return cast("KroneckerSum", kronecker_svd(x, rank=one, **keywords))
 
 
 def _on_matrices(recipe: Callable[..., object], rows: Sequence[int], cols: Sequence[int]) -> Callable[..., object]:

@@ -293,8 +293,6 @@ def test_the_bound_is_linear_and_knows_when_it_says_nothing(rng):
     assert 0 < float(change.norm()) < one < 1e4 * float(change.norm())  # a bound, and not an absurd one
     assert regularization_bound(torch.eye(4, dtype=F64), torch.eye(4, dtype=F64), 2, 0.1) == float("inf")
     assert regularization_bound(w, x[:1], 2, 0.1) == float("inf")  # one direction of data: the second is anyone's
-    with pytest.raises(ValueError, match="regularization_bound: mu must be a number >= 0, got 'adaptive'"):
-        regularization_bound(w, x, 2, "adaptive")
 
 
 def test_singular_and_empty_calibration(rng):
@@ -401,9 +399,16 @@ def test_two_sides_where_one_says_nothing(rng):
         net, error = two_sided_low_rank(w, x, held, tol=tol, damping=1e-12, with_error=True)
         assert error <= tol * (1 + 1e-6)
         assert two_sided_low_rank(w, x, held, rank=net.ranks[0] - 1, damping=1e-12, with_error=True)[1] > tol
-    with pytest.raises(ValueError, match=r"damping must be in \(0, 1\], got 0"):
-        two_sided_low_rank(w, x, held, rank=1, damping=0)
+
+
+def test_refusals_of_two_sides_and_of_the_bound(unchecked):
+    w, x = torch.randn(7, 6), torch.randn(20, 6)
+    held = ActivationFactor(7)
+    with pytest.raises(ValueError, match="regularization_bound: mu must be a number >= 0, got 'adaptive'"):
+        regularization_bound(w, x, 2, "adaptive")
     with pytest.raises(ValueError, match=r"expected \(k, 7\), got \(20, 6\)"):
         two_sided_low_rank(w, x, x, rank=1)
     with pytest.raises(ValueError, match="two_sided_low_rank: give a rank or a tol"):
         two_sided_low_rank(w, x, held)
+    with pytest.raises(ValueError, match=r"damping must be in \(0, 1\], got 0"):
+        two_sided_low_rank(w, x, held, rank=1, damping=0)
