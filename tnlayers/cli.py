@@ -9,8 +9,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ import typer
 
 app = typer.Typer(
     name="tnlayers",
-    help="Tensor-network layers: train and compare them, look into weight files.",
+    help="Tensor-network layers: train and compare them, compress pretrained models, look into weight files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,6 +55,41 @@ INSPECT_EXAMPLES = """[bold]Examples[/bold]
 
   tnlayers inspect model.safetensors --json | jq .
 """
+
+COMPRESS_EXAMPLES = """[bold]Examples[/bold]
+
+  tnlayers compress PATH --keep 0.7 --calib texts.jsonl --out small
+
+  tnlayers compress PATH --keep 0.7 --calib texts.jsonl --dry-run
+
+  tnlayers compress PATH --max-error 0.1 --calib texts.txt --recover distill --seconds 300 --out small
+
+  tnlayers compress timm:resnet18.a1_in1k --speed 2 --calib pictures --out small
+
+keep is the share of the targeted weights; the share of the whole model stands beside it. The calibration is stored
+beside OUT and serves every other size. In Python: tnlayers.load(OUT).
+"""
+
+EVAL_EXAMPLES = """[bold]Examples[/bold]
+
+  tnlayers eval small --document wiki.txt --window 1024
+
+  tnlayers eval small --against PATH --texts texts.jsonl --metrics size,perplexity,speed,memory
+
+  tnlayers eval small --reference PATH --texts texts.jsonl
+
+  tnlayers eval small --labelled sst2.tsv --label label
+"""
+
+EXPORT_EXAMPLES = """[bold]Examples[/bold]
+
+  tnlayers export small ordinary --dense
+
+  tnlayers export small plain --two-linear
+"""
+
+REFUSED = (ValueError, TypeError, OSError)
+"""What the library raises where the input is at fault."""
 
 
 def _version(asked: bool) -> None:
@@ -180,6 +215,147 @@ def inspect(
     _guard(work, "interrupted; nothing was written", (ValueError, OSError))
 
 
+@app.command(epilog=COMPRESS_EXAMPLES)
+def compress(
+    source: Annotated[str, typer.Argument(help="A folder of transformers, a name on its hub, or timm:NAME.")],
+    keep: Annotated[float | None, typer.Option(help="Share of the targeted weights' numbers to keep.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Instead: predicted relative error of the outputs.")] = None,
+    max_params: Annotated[int | None, typer.Option(help="Instead: parameters of the whole model.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Instead: how many times fewer multiplications.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="Texts (.txt .jsonl .tsv .csv, also .gz .xz), or a folder of pictures.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Texts to measure on; by default the rest of --calib.")] = None,
+    column: Annotated[str | None, typer.Option(help="Where the text is: a field or a column.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Texts or pictures to calibrate on.")] = 256,
+    measure: Annotated[int, typer.Option(help="Texts to measure on.")] = 512,
+    length: Annotated[int, typer.Option("--len", help="Tokens a text is cut at.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the samples and probes.")] = 0,
+    targets: Annotated[str, typer.Option(help="Name patterns, separated by commas; all layers by default.")] = "",
+    exclude: Annotated[str, typer.Option(help="Name patterns to leave alone.")] = "",
+    formats: Annotated[str, typer.Option(help="Of low_rank, tucker, ttm, kronecker.")] = "low_rank,tucker",
+    ranks: Annotated[
+        str, typer.Option(help="loss, knapsack, energy, welore, effective, uniform; auto: loss with gradients.")
+    ] = "auto",
+    method: Annotated[
+        str, typer.Option(help="weighted; plain, asvd, svd_llm, output_pca, utilized_rank, fisher to compare.")
+    ] = "weighted",
+    mu: Annotated[str, typer.Option(help="Ridge of the inputs relative to their mean square, or adaptive.")] = "0",
+    multiple: Annotated[int, typer.Option(help="Ranks are multiples of it.")] = 1,
+    weighting: Annotated[str, typer.Option(help="Of inputs: full, diagonal or none.")] = "full",
+    gradients: Annotated[bool, typer.Option(help="Weigh errors by what they do to the model's outputs.")] = True,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Collect again after every block.")] = False,
+    recover: Annotated[str, typer.Option(help="none, distill or blocks.")] = "none",
+    seconds: Annotated[float, typer.Option(help="Of recovery.")] = 300.0,
+    lr: Annotated[float, typer.Option(help="Of recovery.")] = 1e-3,
+    metrics: Annotated[str, typer.Option(help="See tnlayers eval; by default those that suit the model.")] = "",
+    task: Annotated[str | None, typer.Option(help="causal-lm, embedding, sequence-classification, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16.")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, change nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Make a pretrained model smaller: calibrate, choose ranks for all layers, replace, measure before and after."""
+
+    def work() -> None:
+        from tnlayers.compression.job import CompressConfig, run
+
+        config = CompressConfig(
+            source=source, out=out, keep=keep, max_error=max_error, max_params=max_params, speed=speed, calib=calib,
+            test=test, column=column, count=n, measured=measure, length=length, batch_size=batch_size, seed=seed,
+            targets=_names(targets), exclude=_names(exclude), formats=_names(formats), ranks=ranks, method=method,
+            mu="adaptive" if mu == "adaptive" else _number(mu, "--mu"), multiple=multiple, weighting=weighting,
+            gradients=gradients, sequential=sequential, recover=recover, seconds=seconds, lr=lr,
+            metrics=_names(metrics) or None, task=task, dtype=dtype, device=device, dry_run=dry_run,
+            overwrite=overwrite,
+        )  # fmt: skip
+        with _teller(quiet) as tell:
+            result = run(config, tell)
+        if as_json:
+            _print_json(result.to_dict())
+        else:
+            typer.echo(result.text())
+            if result.folder is not None:
+                typer.echo(f"\n{result.folder} written, with report.html, in {sum(result.seconds.values()):.0f} s")
+
+    _guard(work, "interrupted; the calibration is kept, and the same command continues", REFUSED)
+
+
+@app.command("eval", epilog=EVAL_EXAMPLES)
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A folder of transformers or of tnlayers, or a name on the hub.")],
+    texts: Annotated[Path | None, typer.Option(help="Texts: .txt .jsonl .tsv .csv, also .gz .xz.")] = None,
+    document: Annotated[Path | None, typer.Option(help="One long .txt for perplexity, blank lines kept.")] = None,
+    labelled: Annotated[Path | None, typer.Option(help="Texts with labels, for accuracy.")] = None,
+    label: Annotated[str | None, typer.Option(help="Where the label is; by default label.")] = None,
+    column: Annotated[str | None, typer.Option(help="Where the text is.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Model that embeddings are compared with.")] = None,
+    metrics: Annotated[str, typer.Option(help="Of size, perplexity, similarity, accuracy, probe, speed, memory.")] = "",
+    n: Annotated[int | None, typer.Option("--n", help="Texts taken; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    window: Annotated[int | None, typer.Option(help="Of perplexity; 2048 or what the model has.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Of perplexity; the window by default.")] = None,
+    bos: Annotated[str, typer.Option(help="Before windows: auto, yes (each), start (once) or no.")] = "auto",
+    length: Annotated[int | None, typer.Option("--len", help="Tokens a text is cut at.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts, or windows, a batch.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another model: both in one table.")] = None,
+    task: Annotated[str | None, typer.Option(help="causal-lm, embedding, sequence-classification, ...")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Measure a model: perplexity, similarity of embeddings, accuracy, tokens a second, memory."""
+
+    def work() -> None:
+        from tnlayers.evaluation.job import EvalConfig, run
+
+        config = EvalConfig(
+            source=source, texts=texts, document=document, labelled=labelled, label=label, column=column,
+            reference=reference, metrics=_names(metrics) or None, count=n, seed=seed, window=window, stride=stride,
+            bos=bos, length=length, batch_size=batch_size, against=against, task=task, device=device,
+        )  # fmt: skip
+        with _teller(quiet) as tell:
+            found = run(config, tell)
+        if as_json:
+            _print_json([one.to_dict() for one in found])
+        else:
+            from tnlayers.evaluation.result import compare
+
+            typer.echo(found[0].table() if len(found) == 1 else compare(*found))
+
+    _guard(work, "interrupted; nothing was written", REFUSED)
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    source: Annotated[Path, typer.Argument(help="A folder that tnlayers compress wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dense: Annotated[bool, typer.Option("--dense", help="Ordinary weights, for any program.")] = False,
+    two_linear: Annotated[bool, typer.Option("--two-linear", help="Pairs of plain layers, as small as ours.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Write a compressed model as an ordinary folder, or with pairs of plain layers."""
+
+    def work() -> None:
+        if dense == two_linear:
+            raise ValueError("export: give exactly one of --dense and --two-linear")
+        from tnlayers.pretrained.exported import export_dense, export_two_linear
+
+        if dense:
+            typer.echo(f"{export_dense(source, out, overwrite=overwrite)} written")
+            return
+        folder, stayed = export_two_linear(source, out, overwrite=overwrite)
+        typer.echo(f"{folder} written")
+        for name, why in stayed.items():
+            typer.echo(f"  {name} became dense: {why}")
+
+    _guard(work, "interrupted; nothing was written", REFUSED)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script: runs the command and exits with its code."""
     app(args=None if arguments is None else list(arguments))
@@ -225,6 +401,30 @@ def _fail(message: str, code: int) -> None:
 
 def _print_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{option} must be a number or 'adaptive', got {text!r}") from None
+
+
+@contextmanager
+def _teller(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """Progress of the library, (done, total, text), on the bar; without a terminal none."""
+    from tnlayers.main_job.job import Event
+
+    with _watcher(quiet or not sys.stderr.isatty()) as watch:
+        if watch is None:
+            yield None
+        else:
+            show = watch
+            yield lambda done, total, text: show(Event("step", text, done, total))
 
 
 def _watcher(quiet: bool) -> AbstractContextManager[Callable[[Any], None] | None]:

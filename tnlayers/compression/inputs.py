@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,8 @@ def picture_inputs(held: Pretrained, files: Sequence[Path], *, batch_size: int, 
 def _transform(held: Pretrained) -> Any:
     """Picture -> tensor (channels, height, width)."""
     if held.kind == "timm":
-        from timm.data import create_transform, resolve_model_data_config
-
-        return create_transform(**resolve_model_data_config(held.model), is_training=False)
+        data = import_module("timm.data")
+        return data.create_transform(**data.resolve_model_data_config(held.model), is_training=False)
     if held.image_processor is None:
         raise ValueError(f"compress: pictures need an image processor, got none beside {held.source or 'the model'}")
 
