@@ -47,7 +47,7 @@ def distill(
     steps: int | None = None,
     seconds: int | float | None = None,
     optimizer: str | Callable[[nn.Module], Optimizer] = "adamw",
-    lr: int | float = 1e-3,
+    lr: int | float = 3e-4,
     hidden: str | Sequence[str] | None = None,
     weight_hidden: int | float = 1.0,
     temperature: int | float = 2.0,
@@ -86,7 +86,8 @@ def distill(
         optimizer: "adamw" (no weight decay); "rank_adaptive": `tnlayers.RankAdaptive`, which moves ranks between the
             layers while the networks together hold no more parameters than at the start; or a callable
             model -> optimizer, whose learning rates are then the peaks.
-        lr: peak learning rate; of "rank_adaptive" in its own sense.
+        lr: peak learning rate; of "rank_adaptive" in its own sense. Cores of pretrained weights want less than layers
+            trained from scratch: 1e-4 to 3e-4; ten times that undoes what the decomposition had kept.
         hidden: names or patterns of the inner modules of "hidden", the same in both models; by default the blocks of
             `find_blocks`.
         weight_hidden: see above.
@@ -120,7 +121,7 @@ def distill(
         >>> teacher = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
         >>> model = copy.deepcopy(teacher)
         >>> _ = tnlayers.tensorize(model, partial(svd, rank=4))
-        >>> done = distill(model, teacher, list(torch.randn(128, 16).split(32)), steps=40)
+        >>> done = distill(model, teacher, list(torch.randn(128, 16).split(32)), steps=40, lr=3e-3)
         >>> done.steps, done.after < done.before
         (40, True)
     """

@@ -52,7 +52,8 @@ def check_models(name: str, model: nn.Module, teacher: nn.Module) -> None:
 def at_work(model: nn.Module, teacher: nn.Module) -> Iterator[None]:
     """Both models in evaluation mode (no dropout), caches of decoders off; the model's 16-bit tensors in float32.
 
-    At exit modes and dtypes are as they were, gradients are gone. Grad mode is on, whatever the caller's.
+    At exit modes and dtypes are as they were, gradients are gone, and so are merged weights of `freeze`.
+    Grad mode is on, whatever the caller's.
     """
     thaw(model)
     modes = [(module, module.training) for each in (model, teacher) for module in each.modules()]
