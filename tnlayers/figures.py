@@ -186,7 +186,8 @@ def _mark_cuts(axes: Axes, lines: Sequence[_Line], crowded: bool, even: int | No
             color=color, **style, **text,
         )  # fmt: skip
 
-    shared = any(line.plain for line in lines) and sum(line.leads for line in lines) == 1
+    shown_twice = any(line.plain for line in lines)
+    shared = shown_twice and sum(line.leads for line in lines) == 1
     for line in lines:
         if line.cut is None:
             continue
@@ -198,6 +199,8 @@ def _mark_cuts(axes: Axes, lines: Sequence[_Line], crowded: bool, even: int | No
             continue
         color = INK if shared else line.color  # the cut of one bond belongs to both of its lines
         axes.axvline(place, color=color, linewidth=0.9, linestyle=DASHED, alpha=0.85)
+        if crowded and shown_twice:
+            continue
         if crowded:  # the numbers would cover each other above the axes; the legend has them too
             axes.annotate(
                 str(line.cut), (place, max(value, FLOOR)), xytext=(5, 3), color=color, fontsize=9, fontweight="bold",

@@ -170,9 +170,9 @@ def _shares(axes: Axes, x: Sequence[float], top: float, dense: int, width: float
 
 COLUMNS = (
     Column("budget", "Kept parameters of the targeted layers' weights, of 100% for the dense model."),
-    Column("whole model", "Parameters of the whole model, in percent of the dense one.", numeric=True),
+    Column("model", "Parameters of the whole model, in percent of the dense one.", numeric=True),
+    Column("error", "Predicted relative error of the model's output, from the calibration.", numeric=True),
     Column("parameters", "Parameters of the whole model.", numeric=True),
-    Column("predicted", "Predicted relative error of the model's output, from the calibration.", numeric=True),
 )
 
 
@@ -189,7 +189,7 @@ def frontier_table(
     Example:
         >>> cells = frontier_table([FrontierPoint(0.5, 60, 0.1)], 100, chosen=(0.5, 60, 0.1))
         >>> [[cell.text for cell in row] for row in cells]
-        [['dense', '100%', '100', '0'], ['keep 50%, chosen', '60%', '60', '0.1']]
+        [['dense', '100%', '0', '100'], ['keep 50%, chosen', '60%', '0.1', '60']]
     """
     named: list[tuple[str, float | None, int, float | None]] = []
     met = False
@@ -205,8 +205,8 @@ def frontier_table(
         [
             Cell(name, keep),
             Cell(percent(params, dense), params),
+            Cell(number(error), error, "" if error is None or math.isfinite(error) else "bad"),
             Cell(f"{params:,}", params),
-            Cell(number(error), error),
         ]
         for name, keep, params, error in named
     ]

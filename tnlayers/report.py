@@ -338,7 +338,7 @@ class Report:
 
     def _curve_told(self) -> str:
         """The curve in words."""
-        points = [f"{cells[0].text}: {cells[1].text} ({cells[2].text}), {cells[3].text}" for cells in self._frontier()]
+        points = [f"{cells[0].text}: {cells[1].text} ({cells[3].text}), {cells[2].text}" for cells in self._frontier()]
         measured = "" if self.measured is None else f" Measured error at what was chosen: {number(self.measured)}."
         return f"Parameters of the whole model and predicted error. {'; '.join(points)}.{measured}"
 
@@ -419,8 +419,8 @@ def _told(row: LayerRow, bond: str) -> str:
     for word, kind in (("weighted", row.weighted), ("unweighted", row.spectra)):
         values = sorted(kind.get(bond, ()), reverse=True)
         if 0 < cut < len(values) and values[0] > 0:
-            levels.append(f"{word} {number(values[cut] / values[0])}")
-    return f"{told}, the largest discarded {' and '.join(levels)} of the largest" if levels else told
+            levels.append(f"{number(values[cut] / values[0])} {word}")
+    return f"{told}, the first discarded is {' and '.join(levels)}, relative to the largest" if levels else told
 
 
 def _drawing(svg: str, rows: list[LayerRow]) -> tuple[str, str, str]:
