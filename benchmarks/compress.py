@@ -186,6 +186,8 @@ def recovery_part(arguments: argparse.Namespace) -> list[Row]:
             held.model,
             minilm.batched(held, rest),
             loss="hidden",
+            weight_hidden=6.0,
+            cache_bytes=3 * 2**30,
             seconds=3000 if arguments.full else 290,
             lr=5e-4,
             generator=torch.Generator().manual_seed(0),

@@ -1,7 +1,8 @@
 """The whole compressed model trained to do what the original does."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from decompositions import numel
+from decompositions.balance import balanced
 from tnlayers.optim import RankAdaptive, compact
 from tnlayers.optim.models import trees
 from tnlayers.recovery.capture import find_blocks
@@ -28,6 +30,7 @@ from tnlayers.recovery.losses import Loss, logits_loss, output_loss, relative_er
 from tnlayers.recovery.options import Progress, check_limits, draw_seed, warn_early
 from tnlayers.recovery.result import Recovery
 from tnlayers.recovery.session import Checkpoint, Clock, at_work, check_models, copied
+from tnlayers.surgery import network_layers, weight_key
 
 LOSSES = ("hidden", "logits", "output")
 OPTIMIZERS = ("adamw", "rank_adaptive")
@@ -83,11 +86,11 @@ def distill(
         epochs: passes over the batches; or steps.
         steps: batches.
         seconds: time limit; whichever comes first.
-        optimizer: "adamw" (no weight decay); "rank_adaptive": `tnlayers.RankAdaptive`, which moves ranks between the
+        optimizer: "adamw" (no weight decay, from the gauge of `decompositions.balance`); "rank_adaptive": `tnlayers.RankAdaptive`, which moves ranks between the
             layers while the networks together hold no more parameters than at the start; or a callable
             model -> optimizer, whose learning rates are then the peaks.
         lr: peak learning rate; of "rank_adaptive" in its own sense. Cores of pretrained weights want less than layers
-            trained from scratch: 1e-4 to 3e-4; ten times that undoes what the decomposition had kept.
+            trained from scratch: 3e-4 to 5e-4; several times that undoes what the decomposition had kept.
         hidden: names or patterns of the inner modules of "hidden", the same in both models; by default the blocks of
             `find_blocks`.
         weight_hidden: see above.
@@ -158,7 +161,29 @@ def distill(
             model.load_state_dict(file.found["state"])
             return Recovery.from_dict(file.found["result"])
         run = _Run(model, side, batches, validate, file, Limits(steps), seconds, every, schedule, progress)
-        return run(optimizer, float(lr), torch.Generator().manual_seed(draw_seed(generator)))
+        with _balance(model) if optimizer == "adamw" else nullcontext():
+            return run(optimizer, float(lr), torch.Generator().manual_seed(draw_seed(generator)))
+
+
+@contextmanager
+def _balance(model: nn.Module) -> Iterator[None]:
+    """Networks in the gauge in which AdamW's one step size suits all cores; cores that are identities there rest."""
+    rested: list[nn.Parameter] = []
+    seen: set[Any] = set()
+    for _, layer in network_layers(model):
+        if weight_key(layer) in seen or not all(core.requires_grad for core in layer.cores):
+            continue
+        seen.add(weight_key(layer))
+        net, still = balanced(layer.network.detach())
+        layer.set_network(net)
+        rested += [layer.cores[k] for k in still]
+    try:
+        for core in rested:
+            core.requires_grad_(False)
+        yield
+    finally:
+        for core in rested:
+            core.requires_grad_(True)
 
 
 def _steps(epochs: int | None, steps: int | None, seconds: int | float | None, count: int | None) -> int | None:
