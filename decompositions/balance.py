@@ -1,7 +1,6 @@
 """The gauge in which one step size suits all cores."""
 
 from functools import singledispatch
-from typing import TypeVar
 
 import torch
 
@@ -9,11 +8,9 @@ from decompositions.formats.low_rank import LowRank
 from decompositions.formats.network import Network
 from decompositions.linalg import accumulate_dtype, safe_svd
 
-N = TypeVar("N", bound=Network)
-
 
 @singledispatch
-def balanced(net: N) -> tuple[N, tuple[int, ...]]:
+def balanced(net: Network) -> tuple[Network, tuple[int, ...]]:
     """The same tensor with its size spread over the cores, and the numbers of cores that are identities then.
 
     First-order methods with one step size (AdamW) move every core alike; after a decomposition one core holds all of
@@ -28,7 +25,7 @@ def balanced(net: N) -> tuple[N, tuple[int, ...]]:
         >>> net, still = balanced(svd(x, rank=3))
         >>> still, torch.allclose(to_dense(net), to_dense(svd(x, rank=3)))
         ((1,), True)
-        >>> torch.allclose(net.U.T @ net.U, net.V.T @ net.V)
+        >>> torch.allclose(net.cores[0].T @ net.cores[0], net.cores[2].T @ net.cores[2])
         True
     """
     return net, ()

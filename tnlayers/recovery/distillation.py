@@ -1,8 +1,7 @@
 """The whole compressed model trained to do what the original does."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -86,9 +85,9 @@ def distill(
         epochs: passes over the batches; or steps.
         steps: batches.
         seconds: time limit; whichever comes first.
-        optimizer: "adamw" (no weight decay, from the gauge of `decompositions.balance`); "rank_adaptive": `tnlayers.RankAdaptive`, which moves ranks between the
-            layers while the networks together hold no more parameters than at the start; or a callable
-            model -> optimizer, whose learning rates are then the peaks.
+        optimizer: "adamw" (no weight decay, from the gauge of `decompositions.balance`); "rank_adaptive":
+            `tnlayers.RankAdaptive`, which moves ranks between the layers while the networks together hold no more
+            parameters than at the start; or a callable model -> optimizer, whose learning rates are then the peaks.
         lr: peak learning rate; of "rank_adaptive" in its own sense. Cores of pretrained weights want less than layers
             trained from scratch: 3e-4 to 5e-4; several times that undoes what the decomposition had kept.
         hidden: names or patterns of the inner modules of "hidden", the same in both models; by default the blocks of
@@ -161,13 +160,15 @@ def distill(
             model.load_state_dict(file.found["state"])
             return Recovery.from_dict(file.found["result"])
         run = _Run(model, side, batches, validate, file, Limits(steps), seconds, every, schedule, progress)
-        with _balance(model) if optimizer == "adamw" else nullcontext():
-            return run(optimizer, float(lr), torch.Generator().manual_seed(draw_seed(generator)))
+        return run(optimizer, float(lr), torch.Generator().manual_seed(draw_seed(generator)))
 
 
-@contextmanager
-def _balance(model: nn.Module) -> Iterator[None]:
-    """Networks in the gauge in which AdamW's one step size suits all cores; cores that are identities there rest."""
+def _balance(model: nn.Module) -> list[nn.Parameter]:
+    """Networks in the gauge in which AdamW's one step size suits all cores; the cores that are identities there rest.
+
+    Returns:
+        The cores that rest; they ask for gradients again when training is over.
+    """
     rested: list[nn.Parameter] = []
     seen: set[Any] = set()
     for _, layer in network_layers(model):
@@ -177,13 +178,9 @@ def _balance(model: nn.Module) -> Iterator[None]:
         net, still = balanced(layer.network.detach())
         layer.set_network(net)
         rested += [layer.cores[k] for k in still]
-    try:
-        for core in rested:
-            core.requires_grad_(False)
-        yield
-    finally:
-        for core in rested:
-            core.requires_grad_(True)
+    for core in rested:
+        core.requires_grad_(False)
+    return rested
 
 
 def _steps(epochs: int | None, steps: int | None, seconds: int | float | None, count: int | None) -> int | None:
@@ -294,8 +291,17 @@ class _Run:
 
     adaptive: RankAdaptive | None = None
 
+    rested: list[nn.Parameter] = field(default_factory=list)
+
     def __call__(self, made: str | Callable[[nn.Module], Optimizer], lr: float, generator: torch.Generator) -> Recovery:
         """Train, or go on."""
+        try:
+            return self._train(made, lr, generator)
+        finally:
+            for core in self.rested:
+                core.requires_grad_(True)
+
+    def _train(self, made: str | Callable[[nn.Module], Optimizer], lr: float, generator: torch.Generator) -> Recovery:
         clock, found, model = Clock(), self.file.found, self.model
         before = self.judge()
         checked = clock.elapsed
@@ -304,6 +310,7 @@ class _Run:
         standing = Standing(best=copied(model), value=before if self.validate is not None else float("inf"))
         feed = Feed(self.batches, generator)
         try:
+            self.rested = _balance(model) if made == "adamw" else []
             optimizer = self._optimizer(made, lr)  # with the budget of the ranks at the start
             bases = [float(group["lr"]) for group in optimizer.param_groups]
             if found is not None:
