@@ -76,10 +76,15 @@ class WeightedSpectrum:
             work = work if factor is None else torch.promote_types(work, accumulate_dtype(factor.dtype))
         self.dtype: torch.dtype = weight.dtype
         """Of the networks."""
+        self._inputs: Tensor | None = None
+        self._outputs: Tensor | None = None
+        right = left = 1.0
         self._unit, self._weight = _scaled(flat.to(work))
-        right, self._inputs = (1.0, None) if inputs is None else _scaled(inputs.detach().to(flat.device, work))
-        left, scaled = (1.0, None) if outputs is None else _scaled(outputs.detach().to(flat.device, work))
-        self._outputs = None if scaled is None else _regular(scaled, float(ridge))
+        if inputs is not None:
+            right, self._inputs = _scaled(inputs.detach().to(flat.device, work))
+        if outputs is not None:
+            left, scaled = _scaled(outputs.detach().to(flat.device, work))
+            self._outputs = _regular(scaled, float(ridge))
         self._units: float = self._unit * right * left
         self._left = _weighed(self._outputs, self._weight)
         whole = _times(self._left, self._inputs)

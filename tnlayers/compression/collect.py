@@ -205,9 +205,14 @@ def _is_quantized(module: nn.Module) -> bool:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Without compiled code, which may have been made without hooks."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    """Without compiled code and attention's fused kernels, which know no hooks."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

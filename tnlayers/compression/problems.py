@@ -288,14 +288,15 @@ def _is_table(site: Site) -> bool:
 
 
 def _use(site: Site, held: Calibration, weight: Tensor) -> _Use | None:
-    """What one layer says of its weight; None if it saw nothing."""
+    """What one layer says of its weight; None if it saw nothing, or nothing but zeros."""
     layer = statistics_of(site, held)
     if layer is None or not layer.tokens:
         return None
     gradients = None if layer.gradients is None else _factor(layer.gradients)
     inputs = None if layer.inputs is None else _factor(layer.inputs)
-    gradients, inputs = (None if f is None or not bool(f.any()) else f for f in (gradients, inputs))
-    if gradients is None and inputs is None:
+    if gradients is not None and not bool(gradients.any()):
+        gradients = None
+    if (inputs is None and gradients is None) or (inputs is not None and not bool(inputs.any())):
         return None
     rows, columns = (inputs, gradients) if _is_table(site) else (gradients, inputs)
     for what, factor, width in (("rows", rows, len(weight)), ("columns", columns, weight[0].numel())):
