@@ -240,7 +240,7 @@ def fisher_low_rank(weight: Weight, fisher: Inexact[Tensor, "m ..."], *, rank: i
     """FWSVD: rows weighted by the root of their Fisher information before the SVD, and back after.
 
     `W' = I^-1 svd_r(I W)`, the best of rank r in `‖I (W - W')‖`, I the diagonal of the roots of the row sums.
-    `two_sided_low_rank` takes a full matrix, and activations beside.
+    `WeightedSpectrum` takes a full matrix, and activations beside.
 
     Args:
         weight: (m, n), or a kernel (m, *n) taken as the matrix m x n.

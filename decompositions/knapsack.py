@@ -97,7 +97,7 @@ class Frontier:
         return self._read(int(min(budget - self.least, self._cells * self.unit)) // self.unit)
 
     def cheapest(self, error: int | float) -> list[int]:
-        """Options with the least price whose errors sum to at most `error`.
+        """Options with the least price (to the unit of the table) whose errors sum to at most `error`.
 
         Raises:
             ValueError: not even the best options reach it.

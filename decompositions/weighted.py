@@ -1,4 +1,4 @@
-"""Low rank in the norm of activations: the best approximation of `W X`, its bounds, and that of `L W X`."""
+"""Low rank in the norm of activations: the best approximation of `W X`, and its bounds."""
 
 import warnings
 from math import inf, isfinite, sqrt
@@ -177,96 +177,6 @@ def regularization_bound(
     return 2 * sqrt(2) * float(mu) * float(torch.linalg.vector_norm(plain.square())) * float(plain[0]) / gap
 
 
-def two_sided_low_rank(
-    weight: Inexact[Tensor, "m *n"],
-    factor: ActivationFactor | Inexact[Tensor, "k n"],
-    left: ActivationFactor | Inexact[Tensor, "p m"],
-    *,
-    rank: int | None = None,
-    tol: float | None = None,
-    mu: int | float = 0.0,
-    damping: float = 1e-6,
-    with_error: bool = False,
-) -> LowRank | tuple[LowRank, float]:
-    """The W' of given rank with the least `‖L (W - W') R^H‖`: both sides of a layer have their say.
-
-    L holds what the outputs are worth, such as the triangular factor of their gradients (Fisher information) or of the
-    weight that reads them. With U_r the leading left singular vectors of `L W R^H`, `W' = L^-1 U_r U_r^H L W`, where
-    `L^H L` stands for `L^H L + damping ‖L‖_2^2 I`, so that the one solve has a condition number below
-    `damping^(-1/2)`, and outputs without any worth keep a little. R is never inverted. Only the directions of L count,
-    and their sizes relative to one another.
-    `tol` bounds the relative error of the objective (with [R; sqrt(mu) I] for R, and the damped L) by the least rank.
-    Cost: an SVD of m x n and a QR of 2m x m, in double precision.
-
-    Args:
-        weight: (m, n), or a kernel (m, *n) taken as the matrix m x n.
-        factor: of the activations; or any (k, n) matrix F with `F^H F = X^H X`.
-        left: of the output side: a factor of m features, or any (p, m) matrix.
-        rank: cap for the rank.
-        tol: relative error of the objective.
-        mu: as in `weighted_low_rank`, a number.
-        damping: > 0, relative to the largest squared singular value of L.
-        with_error: return `(network, ‖L (W - W') R^H‖ / ‖L W R^H‖)`, of the L and R that were given.
-
-    Returns:
-        LowRank(U, S, V) with orthonormal U and V; S is square, not diagonal.
-
-    Raises:
-        ValueError: NaN or infinity; factors of other widths; neither rank nor tol; mu < 0; damping outside of (0, 1].
-
-    References:
-        Y.-C. Hsu et al., Language model compression with weighted low-rank factorization, ICLR 2022, arXiv 2207.00112,
-        for a diagonal L; the inversion-free side is that of COALA, arXiv 2507.07580.
-
-    Example:
-        >>> import torch
-        >>> w, x, gradients = torch.randn(8, 6), torch.randn(50, 6), torch.randn(40, 8)
-        >>> net, error = two_sided_low_rank(w, x, gradients, rank=6, with_error=True)
-        >>> net.ranks, error < 1e-5
-        ((6, 6), True)
-    """
-    name = "two_sided_low_rank"
-    check_kind(name, weight, min_order=2)
-    check_finite(name, weight)
-    check_tol(name, tol)
-    if rank is None and tol is None:
-        raise ValueError(f"{name}: give a rank or a tol, got neither")
-    if mu == "adaptive":
-        raise ValueError(f"{name}: mu must be a number >= 0, got 'adaptive'; weighted_low_rank knows it")
-    check_mu(name, mu)
-    if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 < damping <= 1:
-        raise ValueError(f"{name}: damping must be in (0, 1], got {damping!r}")
-    flat = weight.detach().flatten(1)
-    m, n = flat.shape
-    (cap,) = check_ranks(name, rank, [min(m, n)])
-    sides = weighting(name, left, m), weighting(name, factor, n)
-    double = torch.promote_types(torch.promote_types(flat.dtype, sides[0].dtype), sides[1].dtype)
-    double = torch.promote_types(double, torch.float64)
-    w = flat.to(double)
-    given, r = (upper(side.to(device=w.device, dtype=double)) for side in sides)
-    for side, size, what in ((given, m, "output weights"), (r, n, "activations")):
-        if not bool(side.any()):
-            warnings.warn(
-                f"{name}: no {what}, or all of them zero: that side was left without a weight",
-                CalibrationWarning,
-                stacklevel=2,
-            )
-            side.resize_(size, size).copy_(torch.eye(size, dtype=double))
-    lower = damped(given, damping * float(torch.linalg.matrix_norm(given, 2)) ** 2)
-    weighed = lower @ w
-    basis, error = _leading(weighed, damped(r, float(mu)) if mu else r, cap, tol, torch.finfo(double).eps)
-    if tol is not None and error > tol * (1 + 1e-6):
-        warn_truncation(name, error, tol, "the rank binds")
-    q, s = positive_qr((basis.mH @ weighed).mH)
-    u, t = positive_qr(torch.linalg.solve_triangular(lower, basis, upper=True))
-    net = LowRank(u.to(weight.dtype), (t @ s.mH).to(weight.dtype), q.conj().to(weight.dtype))
-    if not with_error:
-        return net
-    u, middle, v = (core.to(double) for core in net.cores)
-    whole = float(torch.linalg.vector_norm(given @ w @ r.mH)) or 1.0
-    return net, float(torch.linalg.vector_norm(given @ (w - u @ middle @ v.mT) @ r.mH)) / whole
-
-
 def check_mu(name: str, mu: object) -> None:
     """Refuse a weight of the plain error that is neither a number >= 0 nor "adaptive"."""
     number = isinstance(mu, Real) and not isinstance(mu, bool) and isfinite(float(mu)) and float(mu) >= 0
@@ -302,49 +212,6 @@ def damped(r: Tensor, mu: float) -> Tensor:
     return torch.linalg.qr(torch.cat([r, eye]), mode="r").R
 
 
-def weighted_directions(
-    weight: Inexact[Tensor, "m *n"],
-    factor: ActivationFactor | Inexact[Tensor, "k n"],
-    *,
-    mu: int | float = 0.0,
-) -> tuple[Inexact[Tensor, "m s"], Inexact[Tensor, "s"]]:
-    """Left singular vectors and singular values of `W [R; sqrt(mu) I]^H`: every rank from one decomposition.
-
-    `W' = U_r U_r^H W` is what `weighted_low_rank` makes of rank r (as long as sigma_r > 0), and the weighted error of
-    it is the root of the sum of the later squares.
-    Cost: an SVD of an s x s matrix, s = min(m, n), and a QR, in double precision.
-
-    Args:
-        weight: (m, n), or a kernel (m, *n) taken as the matrix m x n.
-        factor: of the activations; or any (k, n) matrix F with `F^H F = X^H X`.
-        mu: weight of the plain error, >= 0.
-
-    Returns:
-        U (m, s) with orthonormal columns and the singular values (s,), descending, in double precision.
-
-    Raises:
-        ValueError: NaN or infinity; a factor of another width; a mu that is negative.
-
-    Example:
-        >>> import torch
-        >>> u, s = weighted_directions(torch.eye(2), torch.diag(torch.tensor([3.0, 4.0])))
-        >>> [round(float(value), 6) for value in s]
-        [4.0, 3.0]
-    """
-    name = "weighted_directions"
-    check_kind(name, weight, min_order=2)
-    check_finite(name, weight)
-    if mu == "adaptive":
-        raise ValueError(f"{name}: mu must be a number >= 0, got 'adaptive'; it depends on a rank")
-    check_mu(name, mu)
-    flat = weight.detach().flatten(1)
-    held = weighting(name, factor, flat.shape[1])
-    work = torch.promote_types(torch.promote_types(weight.dtype, held.dtype), torch.float64)
-    r = upper(held.to(flat.device, accumulate_dtype(held.dtype))).to(work)
-    u, s = _left_singular(flat.to(work) @ (damped(r, float(mu)) if mu else r).mH)
-    return u, s
-
-
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """U and the singular values; a wide matrix is reduced to a triangle first."""
     u, s, _ = safe_svd(torch.linalg.qr(matrix.mH, mode="r").R.mH if matrix.shape[0] < matrix.shape[1] else matrix)
@@ -365,10 +232,14 @@ def _leading(w: Tensor, r: Tensor, cap: int, tol: float | None, eps: float) -> t
     if alive >= wanted:
         return u[:, :rank], error
     # the data are held; what rank is left goes to what W has beside
-    u = u[:, :alive]
-    more, _ = _left_singular(w - u @ (u.mH @ w))
-    basis, _ = positive_qr(torch.cat([u, more[:, : wanted - alive]], 1))
-    return basis, error
+    return completed(u[:, :alive], w, wanted), error
+
+
+def completed(basis: Tensor, w: Tensor, rank: int) -> Tensor:
+    """Orthonormal columns: those given, and the leading left singular vectors of what they leave of `w`."""
+    more, _ = _left_singular(w - basis @ (basis.mH @ w))
+    made, _ = positive_qr(torch.cat([basis, more[:, : rank - basis.shape[1]]], 1))
+    return made
 
 
 def _span(r: Tensor, eps: float) -> Tensor:

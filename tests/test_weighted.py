@@ -13,8 +13,6 @@ from decompositions import ActivationFactor, TruncationWarning, svd, to_matrix, 
 from decompositions.weighted import (
     CalibrationWarning,
     regularization_bound,
-    two_sided_low_rank,
-    weighted_directions,
 )
 
 F64 = torch.float64
@@ -247,19 +245,6 @@ def test_single_precision_on_graded_activations(rng):
     assert eigen > 1e-3
 
 
-def test_one_decomposition_serves_every_rank(rng):
-    w, x = torch.randn(9, 6, dtype=F64, generator=rng), torch.randn(30, 6, dtype=F64, generator=rng)
-    for mu in (0.0, 0.3):
-        u, s = weighted_directions(w, x, mu=mu)
-        for rank in range(1, 7):
-            found = u[:, :rank] @ (u[:, :rank].mH @ w)
-            assert torch.allclose(found, to_matrix(weighted_low_rank(w, x, rank=rank, mu=mu)), atol=1e-10)
-            error = (weighted(w, found, x) ** 2 + mu * float((w - found).norm()) ** 2) ** 0.5
-            assert error == pytest.approx(float(s[rank:].norm()), abs=1e-9)
-    wide = weighted_directions(w.mT, torch.randn(4, 9, dtype=F64, generator=rng))
-    assert [tuple(part.shape) for part in wide] == [(6, 4), (4,)]
-
-
 @given(
     m=st.integers(1, 6),
     n=st.integers(1, 6),
@@ -348,67 +333,7 @@ def test_refusals(unchecked):
         weighted_low_rank(w * torch.inf, x, rank=1)
 
 
-@given(
-    m=st.integers(1, 6),
-    n=st.integers(1, 6),
-    rank=st.integers(1, 6),
-    lower=st.integers(1, 6),
-    complex_=st.booleans(),
-    seed=st.integers(0, 10**6),
-)
-def test_two_sides_are_the_optimum(m, n, rank, lower, complex_, seed):
-    g = torch.Generator().manual_seed(seed)
-    dtype = torch.complex128 if complex_ else F64
-    draw = lambda *shape: torch.randn(*shape, dtype=dtype, generator=g)  # noqa: E731
-    w, x, left, rank = draw(m, n), draw(15, n), draw(min(lower, m), m), min(rank, m, n)
-    damping = 1e-8
-    net, error = two_sided_low_rank(w, x, left, rank=rank, damping=damping, with_error=True)
-    found = to_matrix(net)
-    eye = torch.eye(m, dtype=dtype) * damping**0.5 * torch.linalg.matrix_norm(left, 2)
-    whole = torch.cat([left, eye])
-    tail = float(torch.linalg.svdvals(whole @ w @ x.mH)[rank:].norm())
-    size = float((whole @ w @ x.mH).norm())
-    assert float((whole @ (w - found) @ x.mH).norm()) == pytest.approx(tail, abs=1e-9 * size)
-    # whatever else of that rank is tried: not better by more than the damping
-    best = float((left @ (w - found) @ x.mH).norm())
-    for _ in range(5):
-        other = draw(m, rank) @ draw(rank, n)
-        assert best <= float((whole @ (w - other) @ x.mH).norm()) * (1 + 1e-9)
-    assert error == pytest.approx(best / float((left @ w @ x.mH).norm()), abs=1e-9)
-    assert torch.allclose(net.U.mH @ net.U, torch.eye(rank, dtype=dtype), atol=1e-10)
-    mixed = torch.linalg.qr(draw(len(left), len(left))).Q @ left * 7.0  # a unitary mixture, another unit
-    turned = torch.linalg.qr(draw(15, 15)).Q @ x
-    again = to_matrix(two_sided_low_rank(w, turned, mixed, rank=rank, damping=damping))
-    assert float((whole @ (w - again) @ x.mH).norm()) == pytest.approx(tail, abs=1e-9 * size)
-
-
-def test_two_sides_where_one_says_nothing(rng):
-    w, x = torch.randn(7, 6, dtype=F64, generator=rng), torch.randn(20, 6, dtype=F64, generator=rng)
-    one = to_matrix(weighted_low_rank(w, x, rank=2))
-    orthogonal = torch.linalg.qr(torch.randn(7, 7, dtype=F64, generator=rng)).Q
-    assert torch.allclose(to_matrix(two_sided_low_rank(w, x, orthogonal, rank=2)), one, atol=1e-10)
-    held = ActivationFactor(7, dtype=F64)
-    with pytest.warns(CalibrationWarning, match="two_sided_low_rank: no output weights"):
-        assert torch.allclose(to_matrix(two_sided_low_rank(w, x, held, rank=2)), one, atol=1e-10)
-    held.update(torch.randn(40, 7, dtype=F64, generator=rng))
-    with pytest.warns(CalibrationWarning, match="two_sided_low_rank: no activations"):
-        plain = two_sided_low_rank(w, torch.zeros(3, 6), held, rank=2, damping=1e-12)
-    tail = float(torch.linalg.svdvals(held.factor @ w)[2:].norm())
-    assert float((held.factor @ (w - to_matrix(plain))).norm()) == pytest.approx(tail, rel=1e-6)
-    for tol in (0.3, 0.1):
-        net, error = two_sided_low_rank(w, x, held, tol=tol, damping=1e-12, with_error=True)
-        assert error <= tol * (1 + 1e-6)
-        assert two_sided_low_rank(w, x, held, rank=net.ranks[0] - 1, damping=1e-12, with_error=True)[1] > tol
-
-
-def test_refusals_of_two_sides_and_of_the_bound(unchecked):
+def test_refusals_of_the_bound(unchecked):
     w, x = torch.randn(7, 6), torch.randn(20, 6)
-    held = ActivationFactor(7)
     with pytest.raises(ValueError, match="regularization_bound: mu must be a number >= 0, got 'adaptive'"):
         regularization_bound(w, x, 2, "adaptive")
-    with pytest.raises(ValueError, match=r"expected \(k, 7\), got \(20, 6\)"):
-        two_sided_low_rank(w, x, x, rank=1)
-    with pytest.raises(ValueError, match="two_sided_low_rank: give a rank or a tol"):
-        two_sided_low_rank(w, x, held)
-    with pytest.raises(ValueError, match=r"damping must be in \(0, 1\], got 0"):
-        two_sided_low_rank(w, x, held, rank=1, damping=0)

@@ -249,12 +249,32 @@ def _reasons(candidates: Sequence[Site], rules: Policy) -> dict[int, str]:
             reason = "excluded"
         elif rules.recipe_for(site) is None:
             reason = "no rule matches"
-        elif any("_orig_mod" in name.split(".") for name in site.names):
-            reason = "it is inside a compiled module, which keeps calling the old one; tensorize before torch.compile"
         else:
-            reason = why_not(site.module)
+            reason = _unfit(site)
         reasons[id(site.module)] = reason
     return reasons
+
+
+def _unfit(site: Site) -> str:
+    if any("_orig_mod" in name.split(".") for name in site.names):
+        return "it is inside a compiled module, which keeps calling the old one; tensorize before torch.compile"
+    return why_not(site.module)
+
+
+def reasons_against(model: nn.Module, wanted: Sequence[Site]) -> dict[str, str]:
+    """Why `tensorize` would leave some of these layers dense, by name; ties to others than these among it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+        >>> model[1].weight = model[0].weight
+        >>> reasons_against(model, [site for site in sites(model) if site.name == "1"])
+        {'1': 'its weight is tied to 0.weight, which stays dense'}
+    """
+    names = {id(site.module): site.name for site in wanted}
+    candidates = [site for site in sites(model) if stand_in_for(site.module) is not None]
+    reasons = {id(s.module): _unfit(s) if id(s.module) in names else "not among these" for s in candidates}
+    _keep_ties(model, candidates, reasons)
+    return {name: reasons[key] for key, name in names.items() if reasons[key]}
 
 
 def _keep_ties(model: nn.Module, candidates: Sequence[Site], reasons: dict[int, str]) -> None:

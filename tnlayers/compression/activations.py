@@ -50,7 +50,8 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """Rows (..., features) that the weight is multiplied with; a view where there is one.
 
     For a kernel (out, in / groups, *k) these are its patches, (batch, *positions, groups, in / groups * prod(k)), the
-    channel outermost, as in `torch.nn.functional.unfold`.
+    channel outermost, as in `torch.nn.functional.unfold`. Groups are pooled, each patch of a group a row of its
+    own: all outputs are weighed by the mean over the groups, though each reads its own group alone.
 
     Example:
         >>> conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2)
@@ -101,6 +102,19 @@ def _trailing(x: Tensor, features: int) -> int:
     if size != features:
         raise ValueError(f"calibration: the last axes must hold {features} features, got shape {tuple(x.shape)}")
     return max(count, 1)
+
+
+def rows_in(module: nn.Module, x: Tensor) -> int:
+    """How many rows `input_rows` has; positions where a module meets its weight in another way.
+
+    Example:
+        >>> rows_in(nn.Conv2d(4, 6, 3, groups=2), torch.zeros(5, 4, 8, 8))
+        360
+    """
+    features = features_of(module)[0]
+    if kind_of(module) in ("kernel", "matrix"):
+        x = input_rows(module, torch.empty_like(x, device="meta"))
+    return x.numel() // features
 
 
 def uses(module: nn.Module, x: Inexact[Tensor, "..."] | Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from tnlayers.files import atomic_target
 
 Mode = Literal["factor", "diagonal", "none"]
 MODES = ("factor", "diagonal", "none")
+PARTS = ("inputs", "outputs", "gradients")
 KIND = "tnlayers calibration"
 VERSION = 1
 
@@ -142,6 +143,11 @@ class Uses:
         return made
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two statistics are of one kind and width."""
+    return type(one) is type(other) and bool(one.features == other.features)
+
+
 def statistic_of(state: Mapping[str, Tensor]) -> Any:
     """Whatever these tensors are the state of."""
     if "uses" in state:
@@ -155,7 +161,8 @@ class LayerStatistics:
 
     Args:
         kind: "matrix", "kernel", "table", or "" where only that the layer exists is known.
-        inputs: of the rows that its weight is multiplied with; `Uses` for a table; None in mode "none".
+        inputs: of the rows that its weight is multiplied with; `Uses` for a table, in every mode; else None in mode
+            "none", and where the layer was not called.
         outputs: factor of its outputs, if asked for.
         gradients: factor of the gradients at its outputs, if asked for.
         tokens: rows that it saw, padding left out.
@@ -173,7 +180,7 @@ class LayerStatistics:
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """The statistics there are, by name."""
-        for name in ("inputs", "outputs", "gradients"):
+        for name in PARTS:
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
@@ -188,8 +195,8 @@ class Calibration:
         mode: of the inputs: "factor", "diagonal" or "none".
         layers: by name.
         batches: seen.
-        power: expected square of what the gradients belong to, summed over all that was seen (`‖z‖^2`, or the number
-            of labels); 0 without gradients.
+        power: expected square of what the gradients belong to, summed over all that was seen (`‖z‖^2`, the number of
+            labels, or of batches for a loss); 0 without gradients.
         source: of the data, in the caller's words.
 
     Example:
@@ -222,10 +229,10 @@ class Calibration:
         return "\n".join(lines)
 
     def merge(self, other: "Calibration") -> None:
-        """Add what another worker, or another run over other data, has seen.
+        """Add what another worker, or another run over other data, has seen; layers may be known to one side alone.
 
         Raises:
-            ValueError: another mode, other layers, or other statistics of a layer.
+            ValueError: another mode, other layers, or other statistics of a layer that both have seen.
         """
         if other.mode != self.mode or other.layers.keys() != self.layers.keys():
             raise ValueError(
@@ -233,19 +240,20 @@ class Calibration:
                 f"{len(self.layers)} layers, got {other.mode!r} and {len(other.layers)}"
             )
         for name, layer in self.layers.items():
-            mine, theirs = dict(layer.parts()), dict(other.layers[name].parts())
-            if {part: value.features for part, value in mine.items()} != {
-                part: value.features for part, value in theirs.items()
-            }:
+            own, others = dict(layer.parts()), dict(other.layers[name].parts())
+            seen = bool(layer.tokens and other.layers[name].tokens)
+            same = [own.get(p) is None or others.get(p) is None or _alike(own[p], others[p]) for p in PARTS]
+            if not all(same) or (seen and own.keys() != others.keys()):
                 raise ValueError(f"Calibration.merge: {name!r} must have the same statistics, got others")
         merged: dict[tuple[int, int], Any] = {}
         for name, layer in self.layers.items():
-            for part, value in list(layer.parts()):
-                theirs = getattr(other.layers[name], part)
-                key = id(value), id(theirs)  # shared here and there: added once
+            for part in PARTS:
+                mine, theirs = getattr(layer, part), getattr(other.layers[name], part)
+                key = id(mine), id(theirs)  # shared here and there: added once
                 if key not in merged:
-                    merged[key] = copy.deepcopy(value)
-                    merged[key].merge(theirs)
+                    merged[key] = copy.deepcopy(theirs if mine is None else mine)
+                    if mine is not None and theirs is not None:
+                        merged[key].merge(theirs)
                 setattr(layer, part, merged[key])
             layer.tokens += other.layers[name].tokens
         self.batches += other.batches
@@ -333,5 +341,5 @@ class Calibration:
             if not isinstance(head, dict) or head.get("kind") != KIND or head.get("version") != VERSION:
                 raise ValueError(f"expected a {KIND} of version {VERSION}")
             return cls.from_state(tensors, head)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"Calibration.load: {str(path)!r} cannot be read ({error}); collect again") from None

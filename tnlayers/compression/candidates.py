@@ -34,7 +34,7 @@ class Problem:
         scale: factor of all squared errors, so that those of several layers can be added.
         price: of one number of a network.
         dense_price: of the weight as it is.
-        multiple: ranks are multiples of it.
+        multiple: low ranks are multiples of it.
 
     Example:
         >>> problem = Problem(torch.randn(6, 8), torch.randn(30, 8), tokens=30)
@@ -104,7 +104,7 @@ def dense(problem: Problem) -> Candidate:
 
 
 def low_rank(problem: Problem) -> Iterator[Candidate]:
-    """Every rank below break-even, from one spectrum; the errors are exact.
+    """Ranks below break-even (all, or 512 evenly spaced), from one spectrum; the errors are exact.
 
     Example:
         >>> held = list(low_rank(Problem(torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5])), tokens=1)))
@@ -116,7 +116,7 @@ def low_rank(problem: Problem) -> Iterator[Candidate]:
     tails = squares.flip(0).cumsum(0).flip(0) * (problem.scale / max(problem.tokens, 1))
     even = min(len(squares), (problem.whole_price - 1) // max(1, (m + n) * problem.price))
     step = problem.multiple * max(1, -(-even // (OPTIONS * problem.multiple)))
-    for rank in range(problem.multiple if problem.multiple <= even else 1, even + 1, step):
+    for rank in range(problem.multiple, even + 1, step):
         error = float(tails[rank]) if rank < len(tails) else 0.0
         yield Candidate("low_rank", (rank,), rank * (m + n) * problem.price, error, partial(_low_rank, rank=rank))
 
@@ -153,7 +153,7 @@ def _again(problem: Problem, recipe: Callable[..., Any], tol: float, made: tuple
 def _known(problem: Problem) -> Tensor:
     """Factor of the inputs; the identity where there is none."""
     if problem.inputs is not None:
-        return problem.inputs
+        return problem.inputs if problem.inputs.ndim == 2 else torch.diag(problem.inputs)
     n = problem.matrix.shape[1]
     return torch.eye(n, device=problem.weight.device, dtype=accumulate_dtype(problem.weight.dtype))
 
@@ -186,13 +186,13 @@ FAMILIES: dict[str, Callable[[Problem], Iterator[Candidate]]] = {
 
 
 def candidates(problem: Problem, formats: Sequence[str]) -> list[Candidate]:
-    """Everything that a weight can become, itself first.
+    """Everything that a weight can become, itself first; a format that is named twice counts once.
 
     Example:
         >>> [c.format for c in candidates(Problem(torch.randn(4, 4)), ("low_rank",))]
         ['dense', 'low_rank']
     """
-    return [dense(problem), *(made for name in formats for made in FAMILIES[name](problem))]
+    return [dense(problem), *(made for name in dict.fromkeys(formats) for made in FAMILIES[name](problem))]
 
 
 def check_formats(name: str, formats: Sequence[str] | str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from decompositions import ActivationFactor
+from decompositions.weighted import CalibrationWarning
 from tnlayers.calling import call
-from tnlayers.compression.activations import features_of, input_rows, kind_of, output_rows, uses
+from tnlayers.compression.activations import features_of, input_rows, kind_of, output_rows, rows_in, uses
 from tnlayers.compression.calibration import MODES, ActivationScale, Calibration, LayerStatistics, Mode, Uses
 from tnlayers.surgery import Policy, Site, sites, stand_in_for, why_not
 
@@ -46,12 +48,15 @@ def collect(
 ) -> Calibration:
     """Triangular factors of what every layer sees, in one pass: `X^H X = R^H R`, never a Gram matrix.
 
-    The model runs in evaluation mode, and is as it was afterwards. Memory: n^2 numbers a layer (see
-    `ActivationFactor`), shared by layers that are handed the same tensor, whatever the number of tokens.
+    The model runs in evaluation mode, not compiled, and is as it was afterwards. Memory: n^2 numbers a layer (see
+    `ActivationFactor`), shared by layers that are handed the same tensor, whatever the number of tokens; and a copy of
+    the input that was seen last.
+    A layer whose weight is read without a call (`nn.MultiheadAttention.out_proj`) sees nothing: it has 0 tokens here,
+    and `compress` warns of it. Where the axes before the features are those of no mask, every row counts, padding too.
     With `gradients`, factors of the gradients at the layers' outputs are kept too, so that errors can be measured where
     they matter: of `v . z` with z what is to be preserved and v standard normal, so that `E (g . dy)^2 = ‖dz‖^2`; where
     z are logits, of `log p(label)` with labels drawn from the model itself (Fisher: twice the Kullback-Leibler
-    divergence); where z is one number, of that number (a loss).
+    divergence); where z has no axes, of that number (a loss).
 
     Args:
         model: called as `model(batch)`, `model(*batch)` for a tuple or list, `model(**batch)` for a dict.
@@ -63,7 +68,8 @@ def collect(
             tensor of the outputs.
         outputs: keep factors of the layers' outputs.
         wide: inputs and gradients of more features are kept as a diagonal (the logits of a language model).
-        mask: key of a batch (a dict) that says which tokens count, (batch, tokens); decoders have "decoder_" before it.
+        mask: key of a batch (a dict) that says which tokens count, (batch, tokens) of 0 and 1; decoders have "decoder_"
+            before it. "" counts every token.
         seed: of v and of the labels, each batch for itself.
         dtype: of the factors.
         checkpoint: file that is written every `every` batches and from which a killed collection goes on.
@@ -75,8 +81,9 @@ def collect(
         Calibration; `save` it once, and every later size needs no further pass.
 
     Raises:
-        ValueError: no batch; NaN or infinity in what a layer sees (named); a pattern that matches nothing; a batch that
-            is no tensor, sequence or dict; a checkpoint of other layers or another mode.
+        ValueError: no batch; NaN or infinity in what a layer sees (named) or in z; a pattern that matches nothing; a
+            batch that is no tensor, sequence or dict; a mask of another kind; a lazy layer without numbers; a
+            checkpoint of other layers, another mode or other statistics.
 
     Example:
         >>> import tnlayers
@@ -91,9 +98,10 @@ def collect(
         raise TypeError(
             f"collect: batches must be an iterable of batches, got one {type(batches).__name__}; put it in a list"
         )
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"collect: all weights must be initialised, got a lazy {lazy[0]}; run one forward pass first")
     wanted = targets_of("collect", model, targets, exclude)
-    if not wanted:
-        raise ValueError("collect: the model must have a layer that can be calibrated, got none; look at targets")
     held = Calibration(mode, {site.name: LayerStatistics(kind_of(site.module)) for site in wanted}, source=source)
     if checkpoint is not None and Path(checkpoint).exists():
         found = Calibration.load(checkpoint)
@@ -108,11 +116,19 @@ def collect(
                 f"collect: the checkpoint must be of the same data, expected {source!r}, got {found.source!r} in "
                 f"{str(checkpoint)!r}; remove it, or give another name"
             )
+        seen = [layer for layer in found.layers.values() if layer.kind and layer.tokens]
+        for what, asked in (("gradients", bool(gradients)), ("outputs", outputs)):
+            if seen and asked != any(getattr(layer, what) is not None for layer in seen):
+                raise ValueError(
+                    f"collect: the checkpoint must hold the same statistics, got one {'without' if asked else 'with'} "
+                    f"{what} in {str(checkpoint)!r}; remove it, or give another name"
+                )
         held = found
     total = len(batches) if isinstance(batches, Sized) else 0
     skipped, written = held.batches, held.batches
     backward = bool(gradients)
-    with _watched(wanted, held, mode, backward, outputs, wide, dtype) as watch, _evaluating(model, backward, wanted):
+    watched = _watched(wanted, held, mode, backward, outputs, wide, dtype)
+    with torch.inference_mode(False), watched as watch, _evaluating(model, backward, wanted), _eager():
         for number, batch in enumerate(batches):
             if number < skipped:
                 continue
@@ -140,6 +156,13 @@ def collect(
         raise ValueError("collect: batches must hold at least one batch, got none")
     if checkpoint is not None and written != held.batches:
         held.save(checkpoint)
+    if not any(layer.tokens for layer in held.layers.values()):
+        warnings.warn(
+            "collect: no layer saw a token that counts: empty batches, masks of zeros, or a model that does not call "
+            "its layers; compress would go by plain errors",
+            CalibrationWarning,
+            stacklevel=2,
+        )
     return held
 
 
@@ -162,7 +185,12 @@ def targets_of(name: str, model: nn.Module, targets: Sequence[Any] | str | None,
         )
     found = [site for site in sites(model) if stand_in_for(site.module) is not None]
     rules.check(name, found, targets is not None)
-    return [s for s in found if rules.recipe_for(s) and not rules.excludes(s) and not why_not(s.module)]
+    chosen = [s for s in found if rules.recipe_for(s) and not rules.excludes(s)]
+    wanted = [s for s in chosen if not why_not(s.module)]
+    if not wanted:
+        reason = "".join(f" ({s.name or 'the model itself'}: {why_not(s.module)})" for s in chosen[:1])
+        raise ValueError(f"{name}: the model must have a layer that can be replaced, got none{reason}; look at targets")
+    return wanted
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -173,6 +201,18 @@ def _is_quantized(module: nn.Module) -> bool:
     if isinstance(weight, Tensor):
         return not (weight.is_floating_point() or weight.is_complex())
     return hasattr(module, "qweight") or callable(weight)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Without compiled code and attention's fused kernels, which know no hooks."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager
@@ -198,11 +238,22 @@ def _evaluating(model: nn.Module, gradients: bool, wanted: Sequence[Site]) -> It
 
 
 def _masks(batch: Any, key: str) -> dict[str, Tensor]:
-    """Masks of a batch by name: which tokens count."""
+    """Masks of a batch by name: which tokens count.
+
+    Raises:
+        ValueError: a mask that does not say so (of pairs of tokens, or added to scores).
+    """
     if not isinstance(batch, Mapping):
         return {}
     found = {name: batch[name] for name in (key, f"decoder_{key}") if isinstance(batch.get(name), Tensor)}
-    return {name: value.bool() for name, value in found.items() if value.ndim == 2}
+    for name, value in found.items():
+        if value.ndim != 2 or not bool(((value == 0) | (value == 1)).all()):
+            raise ValueError(
+                f"collect: {name} must be (batch, tokens) of zeros and ones, got shape {tuple(value.shape)}, values "
+                f"{[round(float(v), 4) for v in value.unique()[:3]]}; name the key of such a mask, or give mask='' to "
+                "count every token"
+            )
+    return {name: value.bool() for name, value in found.items()}
 
 
 def _preserved(made: Any) -> Tensor:
@@ -226,8 +277,10 @@ def _probe(
     """A number whose gradient says how z reacts, and the size of z to which its square is relative."""
     if not isinstance(z, Tensor) or not z.requires_grad:
         raise ValueError("collect: what is to be preserved must depend on the layers, got a tensor that does not")
-    if z.numel() == 1:
-        return z.float().sum(), 1.0
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError("collect: what is to be preserved must be finite, got NaN or infinity in the outputs")
+    if z.ndim == 0:
+        return z, 1.0
     weights = torch.ones(z.shape[:-1], device=z.device)
     if not chosen:
         fitting = [m for m in masks.values() if m.shape == z.shape[: m.ndim] and z.ndim == m.ndim + 1]
@@ -240,7 +293,7 @@ def _probe(
         return (log_p.gather(-1, labels).squeeze(-1) * weights).sum(), float(weights.sum())
     noise = torch.randn(z.shape, generator=generator).to(z.device)
     weighted = z.float() * weights.unsqueeze(-1)
-    return (weighted * noise).sum(), float(weighted.detach().square().sum())
+    return (weighted * noise).sum(), float(weighted.detach().double().square().sum())
 
 
 class _Pending:
@@ -250,7 +303,7 @@ class _Pending:
         # the values are copied: the model may overwrite them before they are counted; the tensor itself is held so that
         # its memory cannot become another one's
         self.leader, self.x, self.values, self.mask = leader, x, x.clone(), mask
-        self.version, self.seen = x._version, {leader}
+        self.version, self.seen = _version(x), {leader}
 
     def is_same(self, x: Tensor) -> bool:
         """Whether a tensor is this very one, unchanged."""
@@ -260,8 +313,13 @@ class _Pending:
             and x.shape == mine.shape
             and x.stride() == mine.stride()
             and x.dtype == mine.dtype
-            and x._version == self.version
+            and _version(x) == self.version
         )
+
+
+def _version(x: Tensor) -> int | None:
+    """Counter of what was written; a tensor of inference mode has none."""
+    return None if x.is_inference() else x._version
 
 
 class _Watch:
@@ -271,10 +329,14 @@ class _Watch:
         self.held, self.mode, self.wide, self.dtype = held, mode, wide, dtype
         self.modules: dict[str, Any] = {site.name: site.module for site in wanted}
         self.masks: Mapping[str, Tensor] = {}
+        self.replayed = False
+        """Whether the layers are called again by the backward pass (gradient checkpoints), which does not count."""
         self._pending: _Pending | None = None
 
     def see_input(self, name: str, x: Tensor) -> None:
         """Count a layer's input, once for all layers that are handed it in a row."""
+        if self.replayed:
+            return
         layer, module = self.held.layers[name], self.modules[name]
         mask = self._mask(name, x.shape[: x.ndim - 1] if layer.kind == "matrix" else x.shape)
         if layer.kind == "table":
@@ -287,11 +349,12 @@ class _Watch:
             layer.tokens = layer.inputs.count
             return
         if layer.kind == "" or self.mode == "none":
-            layer.tokens += x.numel() // x.shape[-1]
+            layer.tokens += rows_in(module, x) if mask is None or layer.kind != "matrix" else int(mask.sum())
             return
         if self._pending is not None and self._pending.is_same(x):
             leader = self.held.layers[self._pending.leader]
             together = layer.inputs is leader.inputs or (layer.tokens == leader.tokens == 0 and layer.inputs is None)
+            together = together and features_of(module)[0] == features_of(self.modules[self._pending.leader])[0]
             if together and layer.kind == leader.kind == "matrix" and name not in self._pending.seen:
                 self._pending.seen.add(name)
                 layer.inputs = leader.inputs
@@ -316,7 +379,8 @@ class _Watch:
             if layer.kind == "kernel":
                 sides = len(module.kernel_size)
                 x = pending.values if pending.values.ndim == sides + 2 else pending.values.unsqueeze(0)
-                each = max(1, ENTRIES // max(1, x[0].numel() * features_of(module)[0] * module.groups // x.shape[1]))
+                positions = rows_in(module, x) // max(1, len(x))
+                each = max(1, ENTRIES // max(1, positions * features_of(module)[0]))
                 for part in x.split(each):
                     layer.inputs.update(input_rows(module, part))
             else:
@@ -349,7 +413,11 @@ class _Watch:
     def backward(self, value: Tensor) -> None:
         """Run the backward pass, whose hooks see the gradients; no `.grad` is touched."""
         weights = [module.weight for module in self.modules.values()]
-        torch.autograd.grad(value, weights, allow_unused=True)
+        self.replayed = True
+        try:
+            torch.autograd.grad(value, weights, allow_unused=True)
+        finally:
+            self.replayed = False
 
     def _mask(self, name: str, shape: torch.Size) -> Tensor | None:
         """Which of the tokens of this shape count; None: all."""
@@ -378,7 +446,7 @@ def _watched(
 
     def after(name: str, y: Any) -> None:
         if isinstance(y, Tensor):
-            if outputs:
+            if outputs and not watch.replayed:
                 watch.see_output(name, y, "outputs")
             if gradients and y.requires_grad:
                 y.register_hook(lambda g: watch.see_output(name, g, "gradients"))

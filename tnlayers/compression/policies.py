@@ -28,7 +28,7 @@ def choose(
         problems: the layers.
         groups: their candidates.
         budget: of all prices; or None with
-        error: what the sum of the errors may be at most.
+        error: what the sum of the errors may be at most; with another policy than "loss", of the relative ones.
 
     Raises:
         ValueError: a budget or an error out of reach.
@@ -45,7 +45,7 @@ def choose(
         >>> [groups[k][i].ranks for k, i in enumerate(chosen)]
         [(1,), ()]
     """
-    relative = policy == "knapsack"
+    relative = policy != "loss"
     sizes = [(problem.total or 1.0) if relative else 1.0 for problem in problems]
     if policy in ("loss", "knapsack"):
         table = frontier(groups, sizes)
@@ -56,7 +56,7 @@ def choose(
         middle = (low + high) / 2
         taken = [measure(k, middle) for k in range(len(groups))]
         spent = sum(groups[k][i].price for k, i in enumerate(taken))
-        lost = sum(groups[k][i].error for k, i in enumerate(taken))
+        lost = sum(groups[k][i].error / sizes[k] for k, i in enumerate(taken))
         fits = lost <= error if error is not None else spent <= _reach(budget, groups)
         if fits:
             best = taken
@@ -66,7 +66,7 @@ def choose(
         else:
             high = middle
     whole = [measure(k, 1.0) for k in range(len(groups))]
-    if best is None and error is not None and sum(groups[k][i].error for k, i in enumerate(whole)) <= error:
+    if best is None and error is not None and sum(groups[k][i].error / sizes[k] for k, i in enumerate(whole)) <= error:
         best = whole
     if best is None:
         return frontier(groups, sizes).within(_reach(budget, groups))  # below what the policy can name: the cheapest

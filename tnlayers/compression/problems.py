@@ -2,8 +2,8 @@
 
 import glob
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from tnlayers.compression.activations import kind_of
 from tnlayers.compression.calibration import ActivationScale, Calibration, LayerStatistics, Uses
 from tnlayers.compression.candidates import Candidate, Problem, candidates, check_formats
 from tnlayers.compression.collect import targets_of
+from tnlayers.convert import reasons_against
 from tnlayers.surgery import Site, is_transposed, sites
 
 
@@ -28,6 +29,8 @@ class Weighed:
         options: what each can become.
         held: the calibration.
         by_speed: whether prices are multiplications; they are numbers otherwise.
+        kept: why layers that were targeted stay dense all the same, by name.
+        marks: sum and norm of each weight when it was weighed.
 
     Example:
         >>> import tnlayers
@@ -45,6 +48,8 @@ class Weighed:
     options: tuple[tuple[Candidate, ...], ...]
     held: Calibration
     by_speed: bool = False
+    kept: Mapping[str, str] = field(default_factory=dict)
+    marks: tuple[tuple[float, float], ...] = ()
 
     @property
     def targeted(self) -> int:
@@ -62,9 +67,10 @@ class Weighed:
         if missing:
             raise ValueError(f"compress: the model must be the one that was weighed, got one without {missing[0]}")
         groups = [[found[name] for name in names] for names in self.names]
-        for group, problem in zip(groups, self.problems, strict=True):
+        for group, problem, mark in zip(groups, self.problems, self.marks, strict=True):
             weight = _oriented(group[0])
-            if weight.shape != problem.weight.shape or not torch.equal(weight, problem.weight.to(weight)):
+            same = weight.shape == problem.weight.shape and torch.equal(weight, problem.weight.to(weight))
+            if not same or _mark(weight) != mark:  # of one model, both are changed in place
                 raise ValueError(
                     f"compress: the model must have the weights that were weighed, got others at {group[0].name}; "
                     "weigh again"
@@ -115,12 +121,22 @@ def weigh(
                 f"not: {', '.join(missing[:3])}"
             )
     wanted = targets_of("compress", model, targets, exclude)
-    if not wanted:
-        raise ValueError("compress: the model must have a layer that can be replaced, got none; look at targets")
+    kept = reasons_against(model, wanted)
+    if len(kept) == len(wanted):
+        name, reason = next(iter(kept.items()))
+        raise ValueError(
+            f"compress: the model must have a layer that can be replaced, got none ({name or 'the model itself'}: "
+            f"{reason}); look at targets"
+        )
+    wanted = [site for site in wanted if site.name not in kept]
     if by_speed and calibration is None:
         raise ValueError("compress: speed counts multiplications on the tokens of a calibration, got none; collect one")
     held = Calibration("none") if calibration is None else calibration
     groups = groups_of(wanted)
+    for group in groups:
+        weight = _oriented(group[0])
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"compress: weights must be finite, got NaN or infinity at {group[0].name or '(model)'}")
     problems = [problem_of(group, held, multiple=multiple, by_speed=by_speed) for group in groups]
     if calibration is not None:
         _warn(problems, groups)
@@ -132,16 +148,18 @@ def weigh(
             progress(k, len(groups), f"spectrum of {group[0].name or '(model)'}")
         options.append(tuple(candidates(problem, formats)))
     names_of = tuple(tuple(site.name for site in group) for group in groups)
-    return Weighed(names_of, tuple(problems), tuple(options), held, by_speed)
+    marks = tuple(_mark(problem.weight) for problem in problems)
+    return Weighed(names_of, tuple(problems), tuple(options), held, by_speed, kept, marks)
 
 
 class _Use(NamedTuple):
-    """One use of a weight: factors of its rows and of its columns, and the squared size of its effect."""
+    """One use of a weight: factors of its rows and of its columns, what their product is divided by, and its calls."""
 
     rows: Tensor | None
     columns: Tensor | None
-    energy: float
     tokens: int
+    table: bool
+    calls: int
 
 
 def groups_of(wanted: Sequence[Site]) -> list[list[Site]]:
@@ -170,14 +188,16 @@ def problem_of(group: Sequence[Site], held: Calibration, *, multiple: int = 1, b
     """A weight with the factors of all its uses.
 
     The rows of a table are picked, and gradients come back to its columns; a matrix takes inputs at its columns, and
-    gradients come back to its rows. A table and a matrix of one weight: the squares of their factors are added, each
-    relative to its size, and errors are scaled so that the whole weight is worth the sum of both.
+    gradients come back to its rows. Where a weight has several uses (layers that share it, a table and a matrix), the
+    squares of their factors are added, each relative to its size, and errors are scaled so that the whole weight is
+    worth the sum of its uses.
 
     Args:
         group: its layers.
         held: the calibration.
         multiple: of ranks.
-        by_speed: numbers are priced by how often they are multiplied.
+        by_speed: numbers are priced by how often they are multiplied; picking a row of a table multiplies those of
+            one side alone, and none of a dense one.
 
     Raises:
         ValueError: factors of other widths than the weight.
@@ -186,21 +206,42 @@ def problem_of(group: Sequence[Site], held: Calibration, *, multiple: int = 1, b
     table = any(kind_of(member.module) == "table" for member in group)
     uses = [_use(member, held, weight) for member in group]
     seen = [use for use in uses if use is not None]
-    rows, columns, scale, tokens = None, None, 1.0, sum(use.tokens for use in seen)
+    rows, columns, tokens = None, None, sum(use.tokens for use in seen)
     if len(seen) == 1:
-        rows, columns, _, _ = seen[0]
+        rows, columns = seen[0].rows, seen[0].columns
     elif seen:
         rows = _together([use.rows for use in seen])
         columns = _together([use.columns for use in seen])
     price, dense_price = 1, None
     if by_speed:
-        price = max(1, tokens)
-        dense_price = weight.numel() * sum(use.tokens for use, m in zip(seen, group, strict=False) if not _is_table(m))
+        m, n = len(weight), weight[0].numel()
+        calls, picks = (sum(use.calls for use in seen if use.table == is_table) for is_table in (False, True))
+        price = max(1, calls + -(-picks * n // (m + n)))
+        dense_price = weight.numel() * calls
     inputs, outputs = (rows, columns) if table else (columns, rows)
-    problem = Problem(weight, inputs, outputs, table, max(1, tokens), scale, price, dense_price, multiple)
+    problem = Problem(weight, inputs, outputs, table, max(1, tokens), 1.0, price, dense_price, multiple)
     if len(seen) > 1 and problem.total > 0:
-        problem = problem.scaled(sum(use.energy for use in seen) / problem.total)
+        problem = problem.scaled(sum(_energy(weight, use) for use in seen) / problem.total)
     return problem
+
+
+def _energy(weight: Tensor, use: _Use) -> float:
+    """Squared size of what a use makes of its weight."""
+    double = torch.promote_types(weight.dtype, torch.float64)
+    matrix = weight.flatten(1).to(double)
+    if use.rows is not None:
+        rows = use.rows.to(double)
+        matrix = rows.unsqueeze(1) * matrix if rows.ndim == 1 else rows @ matrix
+    if use.columns is not None:
+        columns = use.columns.to(double)
+        matrix = matrix * columns if columns.ndim == 1 else matrix @ columns.mH
+    return float(torch.linalg.vector_norm(matrix)) ** 2 / use.tokens
+
+
+def _mark(weight: Tensor) -> tuple[float, float]:
+    """Numbers that tell whether a weight was changed since."""
+    double = torch.promote_types(weight.dtype, torch.float64)
+    return float(abs(weight.sum(dtype=double))), float(torch.linalg.vector_norm(weight, dtype=double))
 
 
 def _comparable(problems: Sequence[Problem]) -> list[Problem]:
@@ -217,7 +258,7 @@ def _warn(problems: Sequence[Problem], groups: Sequence[Sequence[Site]]) -> None
         warnings.warn(
             f"compress: the calibration knows nothing of {len(unknown)} layers ({', '.join(unknown[:3])}): their plain "
             "errors count, as much as those of a layer in the middle; calibrate on data that reach them, or exclude "
-            "them",
+            "them (as what is read without a call: out_proj of nn.MultiheadAttention)",
             CalibrationWarning,
             stacklevel=4,
         )
@@ -247,14 +288,15 @@ def _is_table(site: Site) -> bool:
 
 
 def _use(site: Site, held: Calibration, weight: Tensor) -> _Use | None:
-    """What one layer says of its weight; None if it saw nothing."""
+    """What one layer says of its weight; None if it saw nothing, or nothing but zeros."""
     layer = statistics_of(site, held)
     if layer is None or not layer.tokens:
         return None
     gradients = None if layer.gradients is None else _factor(layer.gradients)
     inputs = None if layer.inputs is None else _factor(layer.inputs)
-    gradients, inputs = (None if f is None or not bool(f.any()) else f for f in (gradients, inputs))
-    if gradients is None and inputs is None:
+    if gradients is not None and not bool(gradients.any()):
+        gradients = None
+    if (inputs is None and gradients is None) or (inputs is not None and not bool(inputs.any())):
         return None
     rows, columns = (inputs, gradients) if _is_table(site) else (gradients, inputs)
     for what, factor, width in (("rows", rows, len(weight)), ("columns", columns, weight[0].numel())):
@@ -264,12 +306,9 @@ def _use(site: Site, held: Calibration, weight: Tensor) -> _Use | None:
                 f"{factor.shape[-1]}"
             )
     rows, columns = (None if f is None else f.to(weight.device) for f in (rows, columns))
-    matrix = weight.flatten(1).to(torch.float32 if weight.dtype.itemsize < 4 else weight.dtype)
-    if rows is not None:
-        matrix = rows.to(matrix).unsqueeze(1) * matrix if rows.ndim == 1 else rows.to(matrix) @ matrix
-    if columns is not None:
-        matrix = matrix * columns.to(matrix) if columns.ndim == 1 else matrix @ columns.to(matrix).mH
-    return _Use(rows, columns, float(matrix.double().square().sum()) / layer.tokens, layer.tokens)
+    # without inputs the gradients alone are a sum over tokens, of what inputs of unit covariance do
+    tokens = layer.tokens if inputs is not None else 1
+    return _Use(rows, columns, tokens, _is_table(site), layer.tokens // int(getattr(site.module, "groups", 1)))
 
 
 def _factor(statistic: Any) -> Tensor:
