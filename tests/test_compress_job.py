@@ -50,6 +50,12 @@ def place(tmp_path_factory):
     return where
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """No report: drawing it takes longer than all the rest."""
+    monkeypatch.setattr("tnlayers.report.Report.html", lambda self, path: "")
+
+
 def settings(place, out, **changes):
     given = {"keep": 0.6, "calib": place / "texts.jsonl", "count": 48, "measured": 24, "batch_size": 8, **changes}
     return CompressConfig(str(place / "bert"), out, **given)
@@ -171,6 +177,7 @@ def test_every_goal_is_kept(place, tmp_path, name, goal, value):
         assert report.params < report.params_dense
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_dry_run_writes_nothing_and_changes_nothing(place, tmp_path, opened):
     source = tmp_path / "model"
     shutil.copytree(place / "bert", source)
@@ -190,6 +197,7 @@ def test_a_dry_run_writes_nothing_and_changes_nothing(place, tmp_path, opened):
     assert file.read_bytes() == kept
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_dry_run_is_the_plan_that_is_carried_out(place, tmp_path):
     plan = run(settings(place, None, dry_run=True)).report
     made = run(settings(place, tmp_path / "small")).report
@@ -210,6 +218,7 @@ def test_without_data_plain_errors_count(place, tmp_path):
     assert answer(tnlayers.load(out), "bert").isfinite().all()
 
 
+@pytest.mark.usefixtures("plain")
 def test_sequential_fits_later_blocks_to_what_they_are_given(place, tmp_path):
     layers = {"targets": ("encoder.*",)}
     one = run(settings(place, tmp_path / "one", keep=0.4, **layers))
@@ -223,6 +232,7 @@ def test_sequential_fits_later_blocks_to_what_they_are_given(place, tmp_path):
     assert not torch.equal(one[later], two[later])
 
 
+@pytest.mark.usefixtures("plain")
 def test_texts_that_are_left_are_measured_and_else_it_is_said(place, tmp_path):
     whole = run(settings(place, tmp_path / "one", count=90))
     assert "6 of 96 in texts.jsonl, after 90" in whole.measured
@@ -235,6 +245,7 @@ def test_texts_that_are_left_are_measured_and_else_it_is_said(place, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::tnlayers.pretrained.hub.PretrainedWarning")
+@pytest.mark.usefixtures("plain")
 def test_a_head_is_left_out_where_sentences_are_embedded(tmp_path, place):
     source = text_model(tmp_path / "mlm", "bert-mlm", "mean_tokens")
     options = {"calib": place / "texts.jsonl", "count": 48, "batch_size": 8}
@@ -249,6 +260,7 @@ def test_a_head_is_left_out_where_sentences_are_embedded(tmp_path, place):
 # --- what is stored ---
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_second_size_reads_the_stored_calibration(place, tmp_path, collected):
     out = tmp_path / "small"
     run(settings(place, out))
@@ -262,6 +274,7 @@ def test_a_second_size_reads_the_stored_calibration(place, tmp_path, collected):
     assert same(again, weights(fresh))
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_calibration_of_anything_else_is_thrown_away(place, tmp_path, collected):
     out = tmp_path / "small"
     source = tmp_path / "model"
@@ -308,6 +321,7 @@ def stopping(at, text="calibration"):
     return progress
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_calibration_that_broke_off_goes_on_to_the_same_result(place, tmp_path, collected):
     whole = run(settings(place, tmp_path / "whole", batch_size=2))
     assert len(collected) == 24
@@ -339,6 +353,7 @@ run(CompressConfig(str(place / "bert"), out, keep=0.6, calib=place / "texts.json
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.usefixtures("plain")
 def test_a_killed_calibration_goes_on_to_the_same_result(place, tmp_path, collected):
     command = [sys.executable, "-c", KILLED, str(place), str(tmp_path / "small")]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=100, check=False)
@@ -354,6 +369,7 @@ def test_a_killed_calibration_goes_on_to_the_same_result(place, tmp_path, collec
 
 
 @pytest.mark.parametrize("kind", ["distill", "blocks"])
+@pytest.mark.usefixtures("plain")
 def test_recovery_improves_and_leaves_no_file(place, tmp_path, kind):
     out = tmp_path / "small"
     data = ["--calib", place / "texts.jsonl", "--out", out, *FEW]
@@ -362,13 +378,14 @@ def test_recovery_improves_and_leaves_no_file(place, tmp_path, kind):
     assert found["recovery"]["kind"] == {"distill": "distill", "blocks": "reconstruct"}[kind]
     assert found["recovery"]["after"] < found["recovery"]["before"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "small.calibration.safetensors"]
-    plain = run(settings(place, tmp_path / "plain", keep=0.3)).after
+    before = run(settings(place, tmp_path / "plain", keep=0.3)).after
     after = {m["name"]: m["value"] for m in found["after"]["metrics"]}
-    assert after["cosine, mean"] > plain["cosine, mean"].value
-    assert after["parameters"] == plain["parameters"].value
+    assert after["cosine, mean"] > before["cosine, mean"].value
+    assert after["parameters"] == before["parameters"].value
 
 
 @pytest.mark.parametrize("kind", ["distill", "blocks"])
+@pytest.mark.usefixtures("plain")
 def test_a_recovery_that_broke_off_goes_on(place, tmp_path, monkeypatch, kind):
     out = tmp_path / "small"
     given = {"keep": 0.3, "recover": kind, "seconds": 2.0}
@@ -407,6 +424,7 @@ def test_a_recovery_that_broke_off_goes_on(place, tmp_path, monkeypatch, kind):
     assert not list(tmp_path.glob("small.recovery.*"))
 
 
+@pytest.mark.usefixtures("plain")
 def test_other_settings_begin_another_recovery(place, tmp_path):
     out = tmp_path / "small"
 
@@ -423,6 +441,7 @@ def test_other_settings_begin_another_recovery(place, tmp_path):
     assert files[0] != files[1]
 
 
+@pytest.mark.usefixtures("plain")
 def test_the_original_is_held_for_recovery_alone(place, tmp_path, monkeypatch):
     copies = []
     original = job.copy.deepcopy
@@ -468,13 +487,13 @@ def test_nothing_half_is_left_where_saving_breaks_off(place, tmp_path, monkeypat
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_ends_in_one_line_and_the_same_command_continues(place, tmp_path):
     texts = tmp_path / "many.txt"
-    texts.write_text("\n".join(sentences(3000)))
+    texts.write_text("\n".join(sentences(1500)))
     out = tmp_path / "small"
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tnlayers.cli import main; main()"
     )
-    arguments = ["compress", place / "bert", "--keep", "0.6", "--calib", texts, "--out", out, "--n", "3000",
-                 "--batch-size", "1"]  # fmt: skip
+    arguments = ["compress", place / "bert", "--keep", "0.6", "--calib", texts, "--out", out, "--n", "1500",
+                 "--batch-size", "1", "--metrics", "size"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
