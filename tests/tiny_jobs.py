@@ -4,12 +4,16 @@ import json
 import random
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_transformers import dense_folder, transformers
 from typer.testing import CliRunner
 
 from tnlayers.cli import app
+from tnlayers.compression.job import CompressConfig
 
 WORDS = [f"w{k}" for k in range(56)]
+FEW = ["--n", "48", "--measure", "24", "--batch-size", "8", "-q"]
 
 
 def call(*arguments):
@@ -90,3 +94,33 @@ def texts_file(where, count=96, seed=0):
     rows = [json.dumps({"text": text, "label": len(text) % 2}) for text in sentences(count, seed)]
     where.write_text("\n".join(rows) + "\n")
     return where
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Models and data that no test changes."""
+    where = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    text_model(where / "bert", "bert", "mean_tokens")
+    text_model(where / "gpt2", "gpt2")
+    texts_file(where / "texts.jsonl")
+    return where
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """No report: drawing it takes longer than all the rest."""
+    monkeypatch.setattr("tnlayers.report.Report.html", lambda self, path: "")
+
+
+def settings(place, out, **changes):
+    given = {"keep": 0.6, "calib": place / "texts.jsonl", "count": 48, "measured": 24, "batch_size": 8, **changes}
+    return CompressConfig(str(place / "bert"), out, **given)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
