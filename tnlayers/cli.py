@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -88,8 +89,16 @@ EXPORT_EXAMPLES = """[bold]Examples[/bold]
   tnlayers export small plain --two-linear
 """
 
-REFUSED = (ValueError, TypeError, OSError)
-"""What the library raises where the input is at fault."""
+REFUSED = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+"""What the library raises where the input is at fault; a full disk is not."""
 
 
 def _version(asked: bool) -> None:
@@ -282,7 +291,8 @@ def compress(
             if result.folder is not None:
                 typer.echo(f"\n{result.folder} written, with report.html, in {sum(result.seconds.values()):.0f} s")
 
-    _guard(work, "interrupted; the calibration is kept, and the same command continues", REFUSED)
+    kept = "nothing was written" if dry_run else "what was calibrated or recovered is kept; the same command continues"
+    _guard(work, f"interrupted; {kept}", REFUSED)
 
 
 @app.command("eval", epilog=EVAL_EXAMPLES)
@@ -372,7 +382,9 @@ def _guard(work: Callable[[], None], interrupted: str, refused: tuple[type[Excep
 
     bad_input: tuple[type[Exception], ...] = (DataError, JobError, TrainingError, ImportError, *refused)
     try:
-        work()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            work()
     except KeyboardInterrupt:
         _fail(interrupted, 130)
     except bad_input as error:
@@ -390,6 +402,11 @@ def _guard(work: Callable[[], None], interrupted: str, refused: tuple[type[Excep
         if error.errno == errno.EPIPE:  # nobody reads the output any more
             raise
         _fail(f"{error}; what was finished before is kept", 1)
+
+
+def _warn(message: Warning | str, category: type[Warning], *details: Any, **more: Any) -> None:
+    """A warning as one line, without the place in the code."""
+    typer.echo(f"tnlayers: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import glob
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,22 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnlayers.calling import hidden_of
+from tnlayers.calling import hidden_of, to_device
+from tnlayers.compression.baselines import METHODS
 from tnlayers.compression.calibration import Calibration
 from tnlayers.compression.candidates import check_formats
 from tnlayers.compression.collect import collect
 from tnlayers.compression.compress import compress
-from tnlayers.compression.inputs import Inputs, read_inputs
+from tnlayers.compression.inputs import Inputs, fingerprint, open_model, read_inputs
+from tnlayers.compression.measuring import METRICS, Measure, is_causal
 from tnlayers.compression.policies import POLICIES
 from tnlayers.compression.problems import weigh
-from tnlayers.evaluation.evaluate import evaluate
 from tnlayers.evaluation.result import Evaluation, compare
-from tnlayers.files import write_atomic
-from tnlayers.pretrained.folder import save_folder
-from tnlayers.pretrained.model import Pretrained, open_pretrained
+from tnlayers.pretrained.folder import free_target, save_folder, written_folder
+from tnlayers.pretrained.model import Pretrained
 from tnlayers.recovery import distill, reconstruct
 from tnlayers.report import Report
-from tnlayers.texts import read_texts, sample
 
 Progress = Callable[[int, int, str], None]
 GOALS = ("keep", "max_error", "max_params", "speed")
@@ -121,21 +121,56 @@ class CompressConfig:
         if len(given) != 1:
             told = ", ".join(given) or "none"
             raise ValueError(f"compress: give exactly one of --keep, --max-error, --max-params, --speed, got {told}")
+        ((goal, value),) = ((name, getattr(self, name)) for name in given)
+        if not (isfinite(value) and value > 0) or (goal == "keep" and value > 1):
+            limit = "in (0, 1]" if goal == "keep" else "above 0"
+            raise ValueError(f"compress: --{goal.replace('_', '-')} must be {limit}, got {value}")
         if self.out is None and not self.dry_run:
             raise ValueError("compress: expected --out FOLDER, or --dry-run for the plan alone")
-        if self.out is not None and not self.dry_run and self.out.exists() and not self.overwrite:
-            raise ValueError(f"compress: {self.out} exists; give another --out, or --overwrite")
-        for name, known in (("weighting", WEIGHTINGS), ("recover", RECOVERIES), ("ranks", POLICIES)):
+        if self.out is not None and not self.dry_run:
+            self._check_out(self.out)
+        words = (
+            ("weighting", WEIGHTINGS), ("recover", RECOVERIES), ("ranks", POLICIES), ("method", ("weighted", *METHODS)),
+        )  # fmt: skip
+        for name, known in words:
             if getattr(self, name) not in known:
                 raise ValueError(f"compress: --{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        unknown = [name for name in self.metrics or () if name not in METRICS]
+        if unknown:
+            raise ValueError(
+                f"compress: --metrics must be of {', '.join(METRICS)}, got {unknown[0]!r}; see tnlayers eval"
+            )
         check_formats("compress", self.formats)
-        for name in ("count", "length", "batch_size", "measured"):
+        for name, flag in (("count", "n"), ("length", "len"), ("batch_size", "batch-size"), ("measured", "measure"),
+                           ("multiple", "multiple")):  # fmt: skip
             if getattr(self, name) < 1:
-                raise ValueError(f"compress: {name} must be at least 1, got {getattr(self, name)}")
-        if self.recover != "none" and (self.calib is None or not (isfinite(self.seconds) and self.seconds > 0)):
-            raise ValueError("compress: recovery needs --calib, and --seconds above 0")
-        if self.sequential and self.calib is None:
-            raise ValueError("compress: --sequential collects again after every block; give --calib")
+                raise ValueError(f"compress: --{flag} must be at least 1, got {getattr(self, name)}")
+        if not isinstance(self.mu, str) and not (isfinite(self.mu) and self.mu >= 0):
+            raise ValueError(f"compress: --mu must be a number >= 0 or 'adaptive', got {self.mu}")
+        if not (isfinite(self.seconds) and self.seconds > 0 and isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"compress: --seconds and --lr must be above 0, got {self.seconds} and {self.lr}")
+        self._check_data()
+
+    def _check_out(self, out: Path) -> None:
+        if out.exists() and not self.overwrite:
+            raise ValueError(f"compress: {out} exists; give another --out, or --overwrite")
+        if Path(self.source).exists() and out.resolve() == Path(self.source).resolve():
+            raise ValueError(f"compress: --out must not be the model itself, got {out} for both; give another folder")
+        free_target("compress", out, self.overwrite)
+
+    def _check_data(self) -> None:
+        """What needs data, and which."""
+        if self.calib is None:
+            needs = {
+                "--recover": self.recover != "none", "--sequential": self.sequential, "--speed": self.speed is not None,
+                "--ranks loss": self.ranks == "loss",
+                f"--method {self.method}": self.method not in ("weighted", "plain"),
+            }  # fmt: skip
+            asked = [name for name, wanted in needs.items() if wanted]
+            if asked:
+                raise ValueError(f"compress: {asked[0]} needs data to calibrate on, got none; give --calib")
+        elif self.ranks == "loss" and not self.gradients:
+            raise ValueError("compress: --ranks loss needs gradients; drop --no-gradients, or take --ranks knapsack")
 
 
 @dataclass
@@ -150,6 +185,7 @@ class CompressResult:
         recovery: what recovery says of itself; empty without.
         seconds: by phase.
         conditions: what the calibration was.
+        measured: what before and after were measured on.
     """
 
     report: Report
@@ -159,6 +195,7 @@ class CompressResult:
     recovery: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     conditions: str = ""
+    measured: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -170,6 +207,7 @@ class CompressResult:
             "recovery": self.recovery,
             "seconds": self.seconds,
             "calibration": self.conditions,
+            "measured": self.measured,
         }
 
     def text(self) -> str:
@@ -179,6 +217,8 @@ class CompressResult:
             parts.append(f"calibration: {self.conditions}")
         if self.before is not None and self.after is not None:
             parts.append(compare(self.before, self.after))
+        if self.measured:
+            parts.append(f"measured on: {self.measured}")
         return "\n\n".join(parts)
 
 
@@ -186,57 +226,76 @@ def run(config: CompressConfig, progress: Progress | None = None) -> CompressRes
     """Compress a pretrained model and save it; a killed calibration or recovery goes on when the same is run again.
 
     Beside OUT lie `OUT.calibration.safetensors`, which later runs at other sizes reuse, and while it runs
-    `OUT.recovery.pt`.
+    `OUT.recovery.*.pt`. Both are thrown away where they are of another model, other data or other settings.
+    Memory: the model, its calibration and spectra; with recovery the original too. A dry run writes nothing.
     """
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(phase: str) -> None:
-        nonlocal clock
-        seconds[phase] = time.perf_counter() - clock
-        clock = time.perf_counter()
-
-    held = open_pretrained(config.source, task=config.task, dtype=config.dtype, device=config.device)
-    model = held.model
+    clock = _Laps()
+    held = open_model("compress", config.source, task=config.task, dtype=config.dtype, device=config.device)
     known = _inputs(config, held)
-    lap("open")
-    calibration = None if known is None else _calibrate(config, held, known, progress)
-    lap("calibrate")
-    targets, exclude = list(config.targets) or None, list(config.exclude)
-    weighed = weigh(
-        model, calibration, targets=targets if calibration is None else None, exclude=exclude,
-        formats=config.formats, multiple=config.multiple, by_speed=config.speed is not None, progress=progress,
-    )  # fmt: skip
-    goal = {name: getattr(config, name) for name in GOALS}
-    options: dict[str, Any] = {
-        **goal, "ranks": config.ranks, "method": config.method, "mu": config.mu, "weighed": weighed,
-    }  # fmt: skip
-    if config.dry_run:
-        report = compress(model, **options, dry_run=True)
-        lap("choose")
-        return CompressResult(report, seconds=seconds, conditions="" if known is None else known.told)
-    teacher = copy.deepcopy(model)
-    if config.sequential and known is not None:
-        options |= {"sequential": True, "batches": known.batches}
-    report = compress(model, **options, progress=progress)
-    lap("compress")
-    recovery = _recover(config, held, teacher, known, progress)
-    if recovery:
-        lap("recover")
-    before, after = _measure(config, held, teacher, known, progress)
-    lap("measure")
+    told = "" if known is None else known.told
+    measure = None if config.dry_run else _measure(config, held, progress)
+    clock.lap("open")
+    before = None if measure is None else measure("before")
+    if measure is None:
+        report = _smaller(config, held, known, progress, clock)
+        return CompressResult(report, seconds=clock.seconds, conditions=told)
+    clock.lap("measure")
+    teacher = None if config.recover == "none" else copy.deepcopy(held.model)
+    recovered_from = "" if teacher is None else _recovery_name(config, held, known)
+    report = _smaller(config, held, known, progress, clock)
+    recovery: dict[str, Any] = {}
+    if teacher is not None and known is not None:
+        recovery = _recover(config, held, teacher, known, recovered_from, progress)
+        del teacher
+        clock.lap("recover")
+    after = measure("after")
+    clock.lap("measure")
     assert config.out is not None
+    result = CompressResult(report, config.out, before, after, recovery, clock.seconds, told, measure.told)
     plan = {
-        "report": report.to_dict(spectra=False), "calibration": "" if known is None else known.told,
+        "report": report.to_dict(spectra=False), "calibration": told,
         "settings": {f.name: _jsonable(getattr(config, f.name)) for f in dataclasses.fields(config)},
     }  # fmt: skip
-    folder = save_folder(held, config.out, plan=plan, overwrite=config.overwrite)
-    report.html(folder / "report.html")
-    result = CompressResult(report, folder, before, after, recovery, seconds, "" if known is None else known.told)
-    write_atomic(folder / "compress.txt", result.text() + "\n")
-    _beside(config, "recovery.pt").unlink(missing_ok=True)
-    lap("save")
+    with written_folder(config.out, config.overwrite, "compress") as temporary:
+        save_folder(held, temporary, plan=plan)
+        report.html(temporary / "report.html")
+        (temporary / "compress.txt").write_text(result.text() + "\n", encoding="utf-8")
+    _forget_recoveries(config)
+    clock.lap("save")
     return result
+
+
+class _Laps:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last call belongs to this phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
+def _smaller(
+    config: CompressConfig, held: Pretrained, known: Inputs | None, progress: Progress | None, clock: _Laps
+) -> Report:
+    """Calibrate, weigh, replace; what that needs in memory is gone afterwards."""
+    calibration = None if known is None else _calibrate(config, held, known, progress)
+    clock.lap("calibrate")
+    weighed = weigh(
+        held.model, calibration, targets=(list(config.targets) or None) if calibration is None else None,
+        exclude=config.exclude, formats=config.formats, multiple=config.multiple, by_speed=config.speed is not None,
+        progress=progress,
+    )  # fmt: skip
+    options: dict[str, Any] = {name: getattr(config, name) for name in (*GOALS, "ranks", "method", "mu", "dry_run")}
+    if config.sequential and known is not None:
+        options |= {"sequential": True, "batches": known.batches}
+    report = compress(held.model, **options, weighed=weighed, progress=progress)
+    clock.lap("compress")
+    return report
 
 
 def preserved_of(held: Pretrained) -> bool | Callable[[Any, Any], Tensor]:
@@ -266,82 +325,73 @@ def _inputs(config: CompressConfig, held: Pretrained) -> Inputs | None:
         held, config.calib, count=config.count, length=config.length, batch_size=config.batch_size, seed=config.seed,
         column=config.column,
     )  # fmt: skip
-    made.batches = [_moved(batch, config.device) for batch in made.batches]
+    made.batches = [to_device(batch, torch.device(config.device)) for batch in made.batches]
     return made
 
 
-def _moved(batch: Any, device: str) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _calibrate(config: CompressConfig, held: Pretrained, known: Inputs, progress: Progress | None) -> Calibration:
-    file = None if config.out is None else _beside(config, "calibration.safetensors")
-    gradients: Any = preserved_of(held) if config.gradients else False
-    told = f"{config.source}: {known.told}, weighting {config.weighting}, gradients {config.gradients}"
-    if file is not None and file.exists() and Calibration.load(file).source != told:
-        file.unlink()  # of other texts or another model: ours to write anew
-    mode: Any = WEIGHTINGS[config.weighting]
-    return collect(
-        held.model, known.batches, list(config.targets) or None, mode, exclude=list(config.exclude),
-        gradients=gradients, seed=config.seed, checkpoint=file, every=8, source=told, progress=progress,
+def _measure(config: CompressConfig, held: Pretrained, progress: Progress | None) -> Measure:
+    """On texts that calibration does not take."""
+    return Measure(
+        held, config.metrics, config.test or config.calib, count=config.measured,
+        skip=config.count if config.test is None else 0, seed=config.seed, length=config.length,
+        batch_size=config.batch_size, column=config.column, progress=progress,
     )  # fmt: skip
 
 
+def _calibrate(config: CompressConfig, held: Pretrained, known: Inputs, progress: Progress | None) -> Calibration:
+    """The stored one if it is of this model, these data and these layers; else a new one, not stored by a dry run."""
+    file = None if config.out is None else _beside(config, "calibration.safetensors")
+    seen = fingerprint(
+        held.model, known.batches, held.pooling, config.targets, config.exclude, config.weighting, config.gradients,
+        config.seed,
+    )  # fmt: skip
+    told = f"{known.told}, weighting {config.weighting}, gradients {config.gradients}, {seen}"
+    if file is not None and file.exists():
+        found = Calibration.load(file)
+        if found.source == told and found.batches == len(known.batches):
+            return found
+        if found.source != told and not config.dry_run:
+            file.unlink()  # of other texts, layers or another model: ours to write anew
+    mode: Any = WEIGHTINGS[config.weighting]
+    gradients: Any = preserved_of(held) if config.gradients else False
+    return collect(
+        held.model, known.batches, list(config.targets) or None, mode, exclude=config.exclude, gradients=gradients,
+        seed=config.seed, checkpoint=None if config.dry_run else file, every=8, source=told, progress=progress,
+    )  # fmt: skip
+
+
+ELSEWHERE = ("out", "overwrite", "source", "calib", "test", "measured", "metrics", "column")
+"""Settings that a recovery does not depend on, or that its batches stand for."""
+
+
+def _recovery_name(config: CompressConfig, held: Pretrained, known: Inputs | None) -> str:
+    """What a recovery depends on, in few letters: the original, the data, the settings."""
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ELSEWHERE}
+    return fingerprint(held.model, [] if known is None else known.batches, settings)
+
+
+def _forget_recoveries(config: CompressConfig, but: Path | None = None) -> None:
+    assert config.out is not None
+    for file in config.out.parent.glob(f"{glob.escape(config.out.name)}.recovery.*.pt"):
+        if file != but:
+            file.unlink()
+
+
 def _recover(
-    config: CompressConfig, held: Pretrained, teacher: nn.Module, known: Inputs | None, progress: Progress | None
+    config: CompressConfig, held: Pretrained, teacher: nn.Module, known: Inputs, name: str, progress: Progress | None
 ) -> dict[str, Any]:
-    if config.recover == "none" or known is None:
-        return {}
-    file = _beside(config, "recovery.pt")
-    generator = torch.Generator().manual_seed(config.seed)
+    file = _beside(config, f"recovery.{name}.pt")
+    _forget_recoveries(config, but=file)
+    options: dict[str, Any] = {
+        "seconds": config.seconds, "lr": config.lr, "checkpoint": file, "progress": progress,
+        "generator": torch.Generator().manual_seed(config.seed),
+    }  # fmt: skip
     if config.recover == "blocks":
-        made = reconstruct(
-            held.model, teacher, known.batches, seconds=config.seconds, lr=config.lr, checkpoint=file,
-            progress=progress, generator=generator,
-        )  # fmt: skip
+        made = reconstruct(held.model, teacher, known.batches, **options)
     else:
-        causal = _is_causal(held)
-        made = distill(
-            held.model, teacher, known.batches, loss="logits" if causal else "output", seconds=config.seconds,
-            lr=config.lr, checkpoint=file, progress=progress, generator=generator,
-        )  # fmt: skip
+        made = distill(held.model, teacher, known.batches, loss="logits" if is_causal(held) else "output", **options)
     found: dict[str, Any] = made.to_dict()
     return found
-
-
-def _is_causal(held: Pretrained) -> bool:
-    return "CausalLM" in type(held.model).__name__ or "LMHead" in type(held.model).__name__
-
-
-def _measure(
-    config: CompressConfig, held: Pretrained, teacher: nn.Module, known: Inputs | None, progress: Progress | None
-) -> tuple[Evaluation | None, Evaluation | None]:
-    """Before and after, on texts that calibration has not seen."""
-    path = config.test or config.calib
-    if path is None or path.is_dir() or held.tokenizer is None:
-        metrics = config.metrics or ("size",)
-        texts = None if known is None else known.batches
-        shared: dict[str, Any] = {"metrics": metrics, "texts": texts, "progress": progress}
-        before = evaluate(teacher, None, title="before", **shared)
-        return before, evaluate(held.model, None, title="after", **shared)
-    skip = config.count if config.test is None else 0
-    pool = read_texts(path, column=config.column)
-    texts = sample(pool, min(len(pool), skip + config.measured), config.seed)[skip:]
-    if not len(texts):
-        texts = sample(pool, min(len(pool), config.measured), config.seed)  # nothing is left: say so by the same texts
-    causal = _is_causal(held)
-    metrics = config.metrics or (("size", "perplexity") if causal else ("size", "similarity"))
-    shared = {
-        "texts": texts, "metrics": metrics, "max_length": config.length, "batch_size": config.batch_size,
-        "pooling": held.pooling or "mean", "progress": progress,
-        "reference": teacher if "similarity" in metrics else None,
-    }  # fmt: skip
-    if causal:
-        shared["batch_size"] = None
-    before = evaluate(teacher, held.tokenizer, title="before", **shared)
-    return before, evaluate(held.model, held.tokenizer, title="after", **shared)
 
 
 def _jsonable(value: Any) -> Any:

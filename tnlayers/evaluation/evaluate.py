@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnlayers.calling import Progress, call, device_of, evaluating, to_device
+from tnlayers.convert import parameter_count
 from tnlayers.evaluation.metrics import Accuracy as Accuracy
 from tnlayers.evaluation.metrics import Pooling
 from tnlayers.evaluation.metrics import Similarity as Similarity
@@ -170,13 +171,13 @@ Part = tuple[list[Metric], dict[str, Any]]
 
 
 def _size(task: _Task) -> Part:
-    """Parameters and bytes; tied tensors once."""
+    """Parameters as formats count them, and bytes as they are stored (a gauge is stored too); tied tensors once."""
     tensors = list(task.model.parameters())
     weight = sum(p.numel() * p.element_size() for p in tensors)
     return [
-        Metric("parameters", "size", sum(p.numel() for p in tensors), len(tensors)),
+        Metric("parameters", "size", parameter_count(task.model), len(tensors)),
         Metric("MiB of weights", "size", weight / 2**20, len(tensors)),
-    ], {}
+    ], {"parameters": "as the formats count them", "MiB": "of all numbers stored"}
 
 
 def _perplexity(task: _Task) -> Part:

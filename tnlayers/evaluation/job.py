@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tnlayers.compression.inputs import open_model, padding_tokenizer
 from tnlayers.evaluation.evaluate import evaluate
 from tnlayers.evaluation.result import Evaluation
-from tnlayers.pretrained.model import open_pretrained
 from tnlayers.texts import read_document, read_texts, sample
 
 Progress = Callable[[int, int, str], None]
@@ -92,16 +92,18 @@ def run(config: EvalConfig, progress: Progress | None = None) -> list[Evaluation
             labelled = sample(labelled, min(config.count, len(labelled)), config.seed)
     reference = None
     if config.reference is not None:
-        reference = open_pretrained(config.reference, task=config.task, device=config.device).model
+        reference = open_model("eval", config.reference, task=config.task, device=config.device).model
     found = []
     for source in (config.against, config.source):
         if source is None:
             continue
-        held = open_pretrained(source, task=config.task, device=config.device)
+        held = open_model("eval", source, task=config.task, device=config.device)
+        if held.tokenizer is None and (texts is not None or labelled is not None):
+            raise ValueError(f"eval: texts need a tokenizer, got none beside {source}; save it there")
         found.append(
             evaluate(
                 held.model,
-                held.tokenizer,
+                padding_tokenizer(held.tokenizer),
                 texts=texts,
                 labelled=labelled,
                 reference=reference,

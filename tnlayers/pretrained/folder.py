@@ -86,7 +86,7 @@ def save_folder(
             f"save_folder: factory must be 'package.module:function' of a user's own model, got {factory!r} for a "
             f"model of kind {held.kind!r}"
         )
-    target = _free_target("save_folder", folder, overwrite)
+    target = free_target("save_folder", folder, overwrite)
     about: dict[str, Any] = {
         "format_version": FOLDER_VERSION,
         "versions": versions(),
@@ -411,8 +411,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _free_target(who: str, folder: str | Path, overwrite: bool) -> Path:
-    """The real path to write; refused where something else would be lost."""
+def free_target(who: str, folder: str | Path, overwrite: bool) -> Path:
+    """The real path of a folder to write; refused where something else would be lost.
+
+    Raises:
+        FileNotFoundError: its parent does not exist.
+        ValueError: a file; a folder that is not empty without `overwrite`, or that holds no model.
+
+    Example:
+        >>> free_target("save", "no/such/place", False)
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: save: the parent of the folder must exist, got no/such/place; create it with mkdir
+    """
     target = Path(os.path.realpath(folder))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{who}: the parent of the folder must exist, got {folder}; create it with mkdir")
@@ -438,7 +449,7 @@ def written_folder(folder: str | Path, overwrite: bool = False, who: str = "save
         ...     [str(p.relative_to(parent)) for p in Path(parent).rglob("*")]
         ['new', 'new/x']
     """
-    target = _free_target(who, folder, overwrite)
+    target = free_target(who, folder, overwrite)
     mark = secrets.token_hex(6)
     temporary, aside = (target.with_name(f".{target.name[:40]}.{mark}.{end}") for end in ("tmp", "old"))
     temporary.mkdir()
