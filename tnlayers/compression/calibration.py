@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Inexact
 from torch import Tensor
 
 from decompositions import ActivationFactor
+from decompositions.linalg import accumulate_dtype
 from tnlayers.files import atomic_target
 
 Mode = Literal["factor", "diagonal", "none"]
@@ -148,10 +150,83 @@ def _alike(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one.features == other.features)
 
 
+class GradientGram:
+    """Gram matrix of the gradients at a layer's outputs, `G^H G`, in double precision.
+
+    Unlike inputs, gradients weigh errors under a ridge of a hundredth of their mean square (`WeightedSpectrum`): here
+    the squared condition number of a Gram matrix does no harm, and its products cost a third of a streaming QR.
+
+    Args:
+        features: m.
+        dtype: of products and of `factor`.
+
+    Example:
+        >>> g = torch.randn(50, 3, dtype=torch.float64)
+        >>> held = GradientGram(3, dtype=torch.float64)
+        >>> held.update(g)
+        >>> torch.allclose(held.factor.T @ held.factor, g.T @ g, rtol=1e-6), held.count
+        (True, 50)
+    """
+
+    def __init__(
+        self, features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        self.features, self.count = features, 0
+        self.dtype: torch.dtype = accumulate_dtype(dtype)
+        self.gram: Tensor = torch.zeros(
+            features, features, dtype=torch.promote_types(self.dtype, torch.float64), device=device
+        )
+
+    def update(self, x: Inexact[Tensor, "..."], mask: Bool[Tensor, "..."] | None = None) -> None:
+        """Add gradients (..., m); `mask` (...) says which count.
+
+        Raises:
+            ValueError: NaN or infinity; nothing was added then.
+        """
+        x = x.detach()
+        rows = x.reshape(-1, self.features) if mask is None else x[mask.to(x.device)]
+        rows = rows.to(device=self.gram.device, dtype=self.dtype)
+        largest = float(rows.abs().max()) if rows.numel() else 0.0
+        if not isfinite(largest):
+            raise ValueError("GradientGram.update: gradients must be finite, got NaN or infinity")
+        self.count += len(rows)
+        if largest > 0:  # squares of small numbers stay in range
+            rows = rows / largest
+            self.gram = self.gram + (rows.mH @ rows).to(self.gram) * largest**2
+
+    def merge(self, other: "GradientGram") -> None:
+        """Add what another one has seen."""
+        self.count += other.count
+        self.gram = self.gram + other.gram.to(self.gram)
+
+    @property
+    def factor(self) -> Tensor:
+        """Upper triangle L with `L^H L = G^H G`, up to 1e-7 of its mean square on the diagonal."""
+        size = float(self.gram.diagonal().real.mean())
+        if size == 0:
+            return torch.zeros_like(self.gram, dtype=self.dtype)
+        eye = torch.eye(self.features, dtype=self.gram.dtype, device=self.gram.device)
+        lower = torch.linalg.cholesky(self.gram / size + 1e-7 * eye)
+        return (lower.mH * sqrt(size)).to(self.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Plain tensors, from which `from_state` goes on."""
+        return {"gram": self.gram, "count": torch.tensor(self.count), "like": torch.zeros(0, dtype=self.dtype)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> "GradientGram":
+        """Inverse of `state`."""
+        made = cls(len(state["gram"]), dtype=state["like"].dtype, device=state["gram"].device)
+        made.gram, made.count = state["gram"], int(state["count"])
+        return made
+
+
 def statistic_of(state: Mapping[str, Tensor]) -> Any:
     """Whatever these tensors are the state of."""
     if "uses" in state:
         return Uses.from_state(state)
+    if "gram" in state:
+        return GradientGram.from_state(state)
     return ActivationScale.from_state(state) if "squares" in state else ActivationFactor.from_state(dict(state))
 
 
@@ -164,7 +239,7 @@ class LayerStatistics:
         inputs: of the rows that its weight is multiplied with; `Uses` for a table, in every mode; else None in mode
             "none", and where the layer was not called.
         outputs: factor of its outputs, if asked for.
-        gradients: factor of the gradients at its outputs, if asked for.
+        gradients: of the gradients at its outputs, if asked for (`GradientGram`).
         tokens: rows that it saw, padding left out.
 
     Example:

@@ -15,7 +15,15 @@ from decompositions import ActivationFactor
 from decompositions.weighted import CalibrationWarning
 from tnlayers.calling import call
 from tnlayers.compression.activations import features_of, input_rows, kind_of, output_rows, rows_in, uses
-from tnlayers.compression.calibration import MODES, ActivationScale, Calibration, LayerStatistics, Mode, Uses
+from tnlayers.compression.calibration import (
+    MODES,
+    ActivationScale,
+    Calibration,
+    GradientGram,
+    LayerStatistics,
+    Mode,
+    Uses,
+)
 from tnlayers.surgery import Policy, Site, sites, stand_in_for, why_not
 
 Preserve = Callable[[Any, Any], Tensor]
@@ -398,7 +406,10 @@ class _Watch:
         rows = output_rows(module, y)
         factor = getattr(layer, what)
         if factor is None:
-            factor = self._statistic(features_of(module)[1], y, True)
+            width = features_of(module)[1]
+            factor = self._statistic(width, y, True)
+            if what == "gradients" and width <= self.wide:
+                factor = GradientGram(width, dtype=self.dtype, device=y.device)
             setattr(layer, what, factor)
         try:
             factor.update(rows, None if layer.kind == "kernel" else self._mask(name, rows.shape[:-1]))

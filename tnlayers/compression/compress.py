@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from decompositions import ActivationFactor, LowRank, Network
+from decompositions.knapsack import Frontier
 from tnlayers.compression.baselines import METHODS
 from tnlayers.compression.calibration import Calibration, LayerStatistics
 from tnlayers.compression.candidates import Candidate, Problem
 from tnlayers.compression.collect import collect
-from tnlayers.compression.policies import POLICIES, choose, frontier
+from tnlayers.compression.policies import POLICIES, choose
 from tnlayers.compression.problems import Weighed, problem_of, statistics_of, weigh
 from tnlayers.convert import parameter_count, tensorize
 from tnlayers.frontier import FrontierPoint
@@ -131,10 +132,11 @@ def compress(
         raise ValueError("compress: ranks='loss' needs gradients; collect(..., gradients=True), or take 'knapsack'")
     whole, targeted = parameter_count(model), weighed.targeted
     budget, allowed = _goal(keep, max_error, max_params, speed, problems, whole, targeted, held, policy)
-    chosen = choose(policy, problems, options, budget, allowed)
+    table = weighed.table(policy)
+    chosen = choose(policy, problems, options, budget, allowed, table)
     picked = [option[i] for option, i in zip(options, chosen, strict=True)]
     maker = _Maker(method, mu, held)
-    curve = _frontier(problems, options, policy, whole, targeted, held) if speed is None else ()
+    curve = _frontier(problems, options, policy, whole, targeted, held, table) if speed is None else ()
     title = f"compress ({'plan' if dry_run else policy})"
     if dry_run:
         rows = [
@@ -254,20 +256,13 @@ def _relative(lost: Sequence[float], problems: Sequence[Problem], policy: str, h
 
 def _frontier(
     problems: Sequence[Problem], options: Sequence[Sequence[Candidate]], policy: str, whole: int, targeted: int,
-    held: Calibration,
+    held: Calibration, table: Frontier | None,
 ) -> tuple[FrontierPoint, ...]:  # fmt: skip
     """What five budgets would give."""
     points = []
-    table = None
-    if policy in ("loss", "knapsack"):
-        table = frontier(options, None if policy == "loss" else [problem.total or 1.0 for problem in problems])
     for keep in BUDGETS:
         try:
-            chosen = (
-                choose(policy, problems, options, int(keep * targeted))
-                if table is None
-                else table.within(int(keep * targeted))
-            )
+            chosen = choose(policy, problems, options, int(keep * targeted), table=table)
         except ValueError:  # below rank 1 everywhere
             continue
         picked = [option[i] for option, i in zip(options, chosen, strict=True)]

@@ -15,6 +15,7 @@ def choose(
     groups: Sequence[Sequence[Candidate]],
     budget: int | None,
     error: float | None = None,
+    table: Frontier | None = None,
 ) -> list[int]:
     """Number of the candidate of each layer.
 
@@ -29,6 +30,7 @@ def choose(
         groups: their candidates.
         budget: of all prices; or None with
         error: what the sum of the errors may be at most; with another policy than "loss", of the relative ones.
+        table: the frontier of these candidates (of relative errors but for "loss"), where it is there already.
 
     Raises:
         ValueError: a budget or an error out of reach.
@@ -48,7 +50,7 @@ def choose(
     relative = policy != "loss"
     sizes = [(problem.total or 1.0) if relative else 1.0 for problem in problems]
     if policy in ("loss", "knapsack"):
-        table = frontier(groups, sizes)
+        table = frontier(groups, sizes) if table is None else table
         return table.within(_reach(budget, groups)) if error is None else table.cheapest(error)
     measure = _measure(policy, problems, groups)
     low, high, best = 0.0, 1.0, None

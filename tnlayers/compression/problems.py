@@ -4,17 +4,20 @@ import glob
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from decompositions.knapsack import Frontier
 from decompositions.weighted import CalibrationWarning
 from tnlayers.compression.activations import kind_of
 from tnlayers.compression.calibration import ActivationScale, Calibration, LayerStatistics, Uses
 from tnlayers.compression.candidates import Candidate, Problem, candidates, check_formats
 from tnlayers.compression.collect import targets_of
+from tnlayers.compression.policies import frontier
 from tnlayers.convert import reasons_against
 from tnlayers.surgery import Site, is_transposed, sites
 
@@ -50,6 +53,18 @@ class Weighed:
     by_speed: bool = False
     kept: Mapping[str, str] = field(default_factory=dict)
     marks: tuple[tuple[float, float], ...] = ()
+
+    @cached_property
+    def _by_error(self) -> Frontier:
+        return frontier(self.options)
+
+    @cached_property
+    def _by_share(self) -> Frontier:
+        return frontier(self.options, [problem.total or 1.0 for problem in self.problems])
+
+    def table(self, policy: str) -> Frontier | None:
+        """The frontier that a policy reads, made once; None for one that reads none."""
+        return {"loss": lambda: self._by_error, "knapsack": lambda: self._by_share}.get(policy, lambda: None)()
 
     @property
     def targeted(self) -> int:
