@@ -83,6 +83,7 @@ def test_a_model_is_compressed_measured_and_loaded_again(seen, tmp_path, opened,
     assert f"{out} written, with report.html" in result.stdout
     assert {p.name for p in out.iterdir()} >= {"report.html", "compress.txt", "tnlayers.json", "model.safetensors"}
     assert layer in (out / "report.html").read_text()
+    assert {p.stat().st_mode for p in out.iterdir() if p.is_file()} == {(out / "config.json").stat().st_mode}
     assert metric in (out / "compress.txt").read_text()
     model = tnlayers.load(out)
     assert isinstance(model.get_submodule(layer), tnlayers.Linear)

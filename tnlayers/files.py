@@ -53,9 +53,10 @@ def atomic_target(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         # Created by us, exclusively, so that the umask decides on its permissions and nobody else owns the name.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
         yield temporary
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o7777)
+        # what writes there may put a file of its own in its place, which nobody else can read (safetensors does)
+        temporary.chmod((target.stat().st_mode if target.exists() else mode) & 0o7777)
         _sync(temporary)
         os.replace(temporary, target)
     except BaseException:
