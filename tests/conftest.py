@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 os.environ["TNLAYERS_CACHE"] = tempfile.mkdtemp(prefix="tnlayers-test-")  # plans do not depend on this machine's file
 
 settings.register_profile(

@@ -9,7 +9,7 @@ from torch import nn
 
 import tnlayers
 from decompositions.weighted import CalibrationWarning
-from tnlayers.compression.calibration import Calibration, Uses
+from tnlayers.compression.calibration import Calibration, GradientGram, Uses
 
 F64 = torch.float64
 
@@ -618,3 +618,25 @@ def test_a_layer_that_one_side_alone_has_seen_can_be_merged():
     other.layers = {"experts.0": other.layers[""], "experts.1": other.layers[""]}
     with pytest.raises(ValueError, match="same statistics"):
         first.merge(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("rank", [1, 3, 40])
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e15])
+def test_gradients_of_any_rank_and_size_have_a_factor(dtype, rank, size, rng):
+    g = (torch.randn(300, rank, generator=rng) @ torch.randn(rank, 40, generator=rng)).to(dtype) * size
+    held = GradientGram(40, dtype=dtype)
+    held.update(g[:100])
+    held.update(g[100:].reshape(10, 20, 40), torch.ones(10, 20, dtype=torch.bool))
+    again = GradientGram.from_state(held.state())
+    factor = again.factor
+    assert factor.dtype == dtype
+    exact = g.double().mT @ g.double()
+    wrong = float((gram(factor.double()) - exact).norm() / exact.norm())
+    assert wrong < (1e-3 if dtype == torch.float32 else 1e-10)
+    held.merge(again)
+    assert held.count == 600
+    assert torch.allclose(held.gram, 2 * again.gram)
+    with pytest.raises(ValueError, match="finite"):
+        held.update(g * float("nan"))
+    assert not bool(GradientGram(3).factor.any())
