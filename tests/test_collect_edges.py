@@ -1,4 +1,4 @@
-"""Calibration where it is easily wrong in silence: masks, modes, recomputation, fused kernels, lazy and split models."""
+"""Calibration where it is easily wrong in silence: masks, modes, recomputation, fused kernels, lazy models."""
 
 import pytest
 import torch
