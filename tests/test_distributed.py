@@ -357,3 +357,32 @@ def test_tied_layers_under_checkpointing(reentrant, tmp_path):
     results = launch(tied, 2, tmp_path, reentrant)
     assert all_equal(results)
     assert results[0]["count"] == 8
+
+
+# --- calibration: every worker sees its own data, all hold the same bits ---
+
+
+def gathered(worker):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    batches = [torch.randint(0, 9, (6,), generator=torch.Generator().manual_seed(k)) for k in range(5)]
+    held = tnlayers.collect(net, batches[worker::2], gradients=True, dtype=torch.float64)
+    held.gather()
+    whole = tnlayers.collect(net, batches, dtype=torch.float64)
+    factors = [held.layers[name].inputs.factor for name in ("1", "3")]
+    gaps = [
+        float((f.mT @ f - whole.layers[name].inputs.factor.mT @ whole.layers[name].inputs.factor).norm())
+        for f, name in zip(factors, ("1", "3"), strict=True)
+    ]
+    tensors, _ = held.state()
+    counts = held.layers["0"].inputs.counts.equal(whole.layers["0"].inputs.counts)
+    return {"bits": digest(tensors.values()), "gaps": gaps, "tokens": held.layers["3"].tokens, "counts": counts}
+
+
+def test_calibrations_of_all_workers_are_one(tmp_path):
+    results = launch(gathered, 2, tmp_path)
+    assert results[0]["bits"] == results[1]["bits"]
+    for result in results:
+        assert result["tokens"] == 30
+        assert result["counts"]
+        assert max(result["gaps"]) < 1e-12

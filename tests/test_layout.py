@@ -29,7 +29,6 @@ LONG_FILES = {  # path: why it may have more than 500 lines
     "tests/test_layers.py": "the suite that every layer inherits, in one place",
     "tests/test_report.py": "one file a room",
     "tests/test_convert.py": "one file a room",
-    "tests/test_collect.py": "one file a room",
     "benchmarks/compress.py": "five parts of one table",
 }
 

@@ -64,8 +64,8 @@ def compress(
     is tied to one that is not targeted. Tied weights stay tied. If anything fails, the model is as it was.
     The predicted error is of first order: with ranks="loss", `sqrt(sum of errors / power)` of what the calibration
     preserves, `‖dz‖ / ‖z‖` (of logits `sqrt(2 KL)` a label). It leaves out that tokens depend on one another and that
-    inputs do on gradients, second order, and that ranks and networks were fitted to the same tokens: of a
-    sentence encoder, whose tokens are averaged, it is a third to a half of what is measured.
+    inputs do on gradients, second order, and that ranks and networks were fitted to the same tokens: on
+    all-MiniLM-L6-v2 it is a quarter (keep=0.9) to a half (0.7 and less) of what is measured.
 
     Args:
         model: any module; see `tensorize` for the layers that can be replaced.
