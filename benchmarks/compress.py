@@ -33,7 +33,6 @@ from decompositions import to_dense, weighted_low_rank
 from decompositions.calibrated import whitened_svd
 from decompositions.weighted import CalibrationWarning
 from tnlayers.files import write_atomic
-from tnlayers.recovery import distill
 
 ROOT = Path(__file__).parent.parent
 STORE = ROOT / "runs" / "bench-compress.json"
@@ -181,7 +180,9 @@ def recovery_part(arguments: argparse.Namespace) -> list[Row]:
         model = copy.deepcopy(held.model)
         report = tnlayers.compress(model, keep=0.5, calibration=calibration, spectra=False)
         before = float((minilm.embeddings(model, test) * reference).sum(-1).mean())
-        done = distill(
+        if len(targets) == 1:
+            model.embeddings.requires_grad_(False)  # they are the original's
+        done = tnlayers.distill(
             model,
             held.model,
             minilm.batched(held, rest),

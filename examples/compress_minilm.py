@@ -17,7 +17,6 @@ from torch import nn
 import tnlayers
 from tnlayers.evaluation.metrics import embedding_similarity
 from tnlayers.pretrained.model import Pretrained
-from tnlayers.recovery import distill
 
 SUBJECTS = ["the committee", "a quiet river", "her first film", "the old engine", "our neighbour", "this theory"]
 VERBS = ["explains", "delays", "follows", "reminds us of", "improves on", "ignores", "was built for"]
@@ -93,13 +92,14 @@ def main(quick: bool = False, folder: str | None = None) -> dict[str, float]:
         return embedding_similarity(model, held.model, test).mean
 
     found = {"before": cosine(small)}
-    distill(
+    tnlayers.distill(
         small,
         held.model,
-        batches(held, texts[512:]),
+        batches(held, texts[576:]),
+        validate=batches(held, texts[512:576]),
         loss="hidden",
         steps=20 if quick else 400,
-        lr=5e-4,
+        lr=2e-4,
         generator=torch.Generator().manual_seed(0),
     )
     found["recovered"] = cosine(small)

@@ -10,7 +10,7 @@ import torch
 from tiny import SENTENCES, Encoder, Words, stop
 from torch import nn
 
-from tnlayers import resources
+from tnlayers.evaluation import resources
 from tnlayers.evaluation.resources import peak_memory, throughput
 from tnlayers.texts import batches
 

@@ -45,6 +45,8 @@ from tnlayers.pretrained.exported import export_two_linear as export_two_linear
 from tnlayers.pretrained.folder import save_folder as save_folder
 from tnlayers.pretrained.model import open_pretrained as open_pretrained
 from tnlayers.rank_change import RankChangeWarning as RankChangeWarning
+from tnlayers.recovery import distill as distill
+from tnlayers.recovery import reconstruct as reconstruct
 from tnlayers.report import LayerRow as LayerRow
 from tnlayers.report import Report as Report
 from tnlayers.shuffled import Shuffled as Shuffled

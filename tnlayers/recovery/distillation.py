@@ -400,4 +400,5 @@ class _Run:
                 raise TypeError(f"distill: optimizer must return a torch optimizer, got {type(optimizer).__name__}")
             self.adaptive = optimizer if isinstance(optimizer, RankAdaptive) else None
             return optimizer
-        return torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+        wanted = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(wanted, lr=lr, weight_decay=0.0, fused=True)
