@@ -30,6 +30,7 @@ def items(count: int = 32) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_trainer(tmp_path):
+    pytest.importorskip("accelerate")  # its Trainer asks for it
     transformers = pytest.importorskip("transformers")
     model = Model()
     optimizer = tnlayers.RankAdaptive(model, 1e-2, tol=0.1)
