@@ -10,7 +10,7 @@ from decompositions.formats.low_rank import LowRank
 from decompositions.linalg import accumulate_dtype, check_finite, check_kind, positive_qr, safe_svd
 from decompositions.weighted import completed
 
-RIDGE = 1e-2
+RIDGE = 0.1
 """Ridge of the output side, relative to its mean square."""
 
 

@@ -153,7 +153,7 @@ def _alike(one: Any, other: Any) -> bool:
 class GradientGram:
     """Gram matrix of the gradients at a layer's outputs, `G^H G`, in double precision.
 
-    Unlike inputs, gradients weigh errors under a ridge of a hundredth of their mean square (`WeightedSpectrum`): here
+    Unlike inputs, gradients weigh errors under a ridge of a tenth of their mean square (`WeightedSpectrum`): here
     the squared condition number of a Gram matrix does no harm, and its products cost a third of a streaming QR.
 
     Args:
