@@ -224,9 +224,8 @@ class FolderSource(ChunkedSource):
         self._files = sorted((path for path in files if path.suffix in (".npy", ".pt")), key=_natural)
         kinds = sorted({path.suffix for path in self._files})
         if len(kinds) != 1:
-            raise ValueError(
-                f"as_source: expected a folder of .npy or of .pt slices, got {kinds or 'neither'} in {folder}"
-            )
+            found = " and ".join(kinds) or "neither"
+            raise ValueError(f"as_source: expected a folder of .npy or of .pt slices, got {found} in {folder}")
         first = _open_slice(self._files[0])
         dtype = first.dtype
         self._bits = isinstance(dtype, torch.dtype)

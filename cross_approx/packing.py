@@ -193,7 +193,8 @@ def _held(stored: torch.dtype, numbers: list[Any]) -> tuple[int | float, ...]:
 
 
 def _one(name: str, what: str, given: Any, attribute: Any) -> float:
-    numbers = [given] if given is not None else _numbers(name, what, attribute)
+    key = {"scale": "scale_factor", "offset": "add_offset"}.get(what, what)
+    numbers = [given] if given is not None else _numbers(name, key, attribute)
     if len(numbers) != 1 or isinstance(numbers[0], bool) or not isinstance(numbers[0], Real):
         raise TypeError(f"{name}: {what} must be one real number, got {numbers}")
     number = float(numbers[0])

@@ -461,9 +461,7 @@ def as_source(
         if shape is None:
             raise TypeError("as_source: a function needs shape=, got none; pass the sizes of its modes")
         if any(option is not None for option in (mask, *stored.values())):
-            raise ValueError(
-                "as_source: scale, offset, fill_value, missing and mask are for stored numbers, not functions"
-            )
+            raise ValueError("as_source: scale, offset, fill_value, missing, mask are for stores, got a function")
         return FunctionSource(x, shape, dtype=dtype, device=device, vectorize=vectorize, batch=batch)
     hidden = None if mask is None else as_source(mask, missing=None)
     common: dict[str, Any] = {"dtype": dtype, "mask": hidden, **stored}
