@@ -1,5 +1,6 @@
 """Rows of (nearly) largest volume: where to look at a matrix to know all of it."""
 
+from itertools import count
 from math import isfinite
 
 import torch
@@ -98,7 +99,7 @@ def _check(name: str, matrix: Tensor, tau: int | float) -> None:
 
 
 def dominant_rows(matrix: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """The rows of `maxvol`, and all coefficients A A[rows]^-1, solved for after the last swap."""
+    """The rows of `maxvol`, and all coefficients A A[rows]^-1."""
     a = matrix.to(accumulate_dtype(matrix.dtype))
     r = a.shape[1]
     eps = torch.finfo(a.dtype).eps
@@ -110,15 +111,24 @@ def dominant_rows(matrix: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         basis = torch.linalg.qr(a).Q
         rows, _, _ = _pivots(basis)
     coefficients = torch.linalg.solve(basis[rows], basis, left=False)
-    while True:
-        size = torch.linalg.vector_norm(coefficients, torch.inf, dim=1)
-        largest, which = size.topk(min(len(size), 8 * r))
+    for number in count(1):
+        largest, which = coefficients.abs().amax(1).topk(min(len(coefficients), 8 * r))
         if float(largest[0]) <= limit:
-            return rows, coefficients
-        candidates = torch.cat([rows, which[largest > limit]])
-        rows = candidates[_swap(coefficients[candidates], limit)]
-        # solved anew: updates alone would let errors grow
-        coefficients = torch.linalg.solve(basis[rows], basis, left=False)
+            break
+        # rows that are close to the limit now may pass it after the first swaps
+        candidates = torch.cat([rows, which[largest > 0.8 * limit]])
+        better = candidates[_swap(coefficients[candidates], limit)]
+        changed = (better != rows).nonzero()[:, 0]
+        rows = better
+        if number % 16:
+            step = coefficients[rows[changed]]
+            square = step[:, changed].clone()
+            step[torch.arange(len(changed), device=rows.device), changed] -= 1
+            left = coefficients[:, changed]
+            coefficients.addmm_(left, torch.linalg.solve(square, step), alpha=-1)  # all swaps of the round at once
+        else:  # updates alone would let errors grow
+            coefficients = torch.linalg.solve(basis[rows], basis, left=False)
+    return rows, coefficients
 
 
 def _pivots(a: Tensor) -> tuple[Tensor, Tensor, float]:
