@@ -12,6 +12,9 @@ from cross_approx.reader import Reader
 ENUMERATE = 1 << 16
 """Tensors of at most so many entries are listed rather than sampled."""
 
+CLIMB = 8
+"""Rounds in which the half near large values is drawn, so that it climbs toward values not read yet."""
+
 
 def train_entries(cores: list[Inexact[Tensor, "..."]], index: Int[Tensor, "B d"]) -> Inexact[Tensor, "B"]:
     """Entries of a train of cores (r, n, s) at the rows of `index`, in double precision. Cost: O(B d r^2)."""
@@ -53,11 +56,10 @@ class HeldOut:
         keep = ~self.reader.used(self.index)
         self.index, self.values, self.near = self.index[keep], self.values[keep], self.near[keep]
         half = (self.count + 1) // 2
-        fresh = [self._unread(half - int((~self.near).sum()), self._uniform)]
-        if len(self.reader.largest):
-            fresh.append(self._unread(self.count - half - int(self.near.sum()), self._around))
-        for near, index in enumerate(fresh):
-            self._append(index, bool(near))
+        self._append(self._unread(half - int((~self.near).sum()), self._uniform), False)
+        for rounds_left in range(CLIMB, 0, -1):  # every round starts from the largest values of those before
+            missing = self.count - half - int(self.near.sum())
+            self._append(self._unread(-(-missing // rounds_left), self._around), True)
         if not len(self.index) and self.numel <= ENUMERATE:  # every entry was used: all of them are compared
             self.exhausted = True
             self._append(self._all(), False)
@@ -101,7 +103,7 @@ class HeldOut:
             order = torch.randperm(len(everything), generator=self.generator)
             return everything[order[:count]]
         for _ in range(4):
-            if len(taken) >= count:
+            if len(taken) >= count or (draw == self._around and not len(self.reader.largest)):
                 break
             drawn = draw(2 * count)
             taken = torch.cat([taken, drawn[~self.reader.used(drawn)]]).unique(dim=0)

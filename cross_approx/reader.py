@@ -51,7 +51,7 @@ class FunctionSource:
         if not isinstance(values, Tensor) or values.shape != (len(index),):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"cross: a callable takes an index (B, d) and returns a tensor (B,), expected ({len(index)},), got {got}"
+                f"cross: a callable takes (B, d) and returns a tensor (B,), expected ({len(index)},), got {got}"
             )
         self.evaluations += len(index)
         self.dtype, self.device = values.dtype, values.device

@@ -13,6 +13,7 @@ from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows, more_rows
 from cross_approx.reader import LimitReached, Reader, open_source
 from cross_approx.result import CrossResult, Sweep
+from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
 from decompositions.linalg import check_ranks, check_tol, safe_svd
 
@@ -43,8 +44,9 @@ def tt_cross(
     and a few more) are read; the rank is what their singular values show above the tolerance, the new pivots are rows
     of dominant volume of the left singular vectors, and more rows, of a rectangular maxvol, chosen at random and
     through the worst held-out entries, become the columns of the sweep back, so that the ranks can grow. Pivots are
-    nested in the direction of the last sweep: the train equals A where all indices but the last are a pivot (to the
-    rank's truncation), and nothing is inverted but dominant submatrices of orthonormal bases.
+    nested in the direction of the last sweep: the train equals A where all indices but the last are a pivot, and nothing
+    is inverted but dominant submatrices of orthonormal bases. Where `rank` binds, up to twice as many pivots are used
+    and the train is rounded to it, which comes close to the best train of that rank (and interpolates no longer).
 
     What is promised: no entry is asked for twice and `max_evals` is never exceeded; `converged` only if the relative
     error on a fresh sample of `held_out` entries, none of which the cores were made from, is at most tol. Half of these
@@ -69,7 +71,7 @@ def tt_cross(
 
     Returns:
         CrossResult with a TT in the dtype of the source; `pivots[k]` are the index sets of bond k in the direction of
-        the last sweep: (r, k + 1) leading indices, or (r, d - 1 - k) trailing ones. Where a limit ends the search it is
+        the last sweep: (p, k + 1) leading indices, or (p, d - 1 - k) trailing ones. Where a limit ends the search it is
         the best so far.
 
     Raises:
@@ -145,7 +147,7 @@ class _Search:
         self.history: list[Sweep] = []
         self.best: tuple[float, int, list[Tensor], list[Tensor]] | None = None
         self.converged = False
-        self.full = self.at_floor = False
+        self.full = self.capped = self.at_floor = False
 
     def begin(self, start: int | Tensor) -> None:
         """Columns of the first sweep: the trailing indices of the start points."""
@@ -157,20 +159,24 @@ class _Search:
     def sweep(self) -> None:
         """One pass: cores, pivots behind, and the columns of the pass back."""
         sizes = self.reader.sizes if self.forward else self.reader.sizes[::-1]
-        caps = self.caps if self.forward else self.caps[::-1]
+        possible = chain_ranks(sizes)
+        caps = [min(2 * cap, most) for cap, most in zip(self.caps, chain_ranks(self.reader.sizes), strict=True)]
+        caps = caps if self.forward else caps[::-1]
         scale = sqrt(self.monitor.mean_square())
         noise = 4 * torch.finfo(self.reader.dtype).eps
         kept = self.pivots.get(self.forward)
         worst = self._worst()
         behind = [torch.zeros(1, 0, dtype=torch.long)]
-        columns, cores, full, floors = [behind[0]], [], False, []
+        columns, cores, full, capped, floors = [behind[0]], [], False, False, []
         for k in range(self.order - 1):
             values = self._block(behind[k], sizes[k], self.ahead[k + 1])
             u, s, _ = safe_svd(values)
             tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
             size, least = float(tails[0]), self.cut * scale * sqrt(values.numel())
-            r = max(1, min(int((tails > max(least, noise * size)).sum()), caps[k]))
+            shown = max(1, int((tails > max(least, noise * size)).sum()))
+            r = min(shown, caps[k])
             floors.append(least <= noise * size)
+            capped |= r < shown or (r == values.shape[1] == caps[k] < possible[k])
             saturated = r == values.shape[1] and r < caps[k]
             full |= saturated
             choices = _grid(behind[k], sizes[k])
@@ -192,8 +198,10 @@ class _Search:
         cores.append(last.reshape(len(behind[-1]), sizes[-1], 1))
         if not self.forward:
             cores = [core.permute(2, 1, 0) for core in reversed(cores)]
+        if any(core.shape[2] > cap for core, cap in zip(cores[:-1], self.caps, strict=True)):
+            capped, cores = True, _with_ends(round_network(TT(_without_ends(cores)), rank=tuple(self.caps)).cores)
         self.pivots[self.forward] = behind
-        self.full, self.at_floor = full, all(floors)
+        self.full, self.capped, self.at_floor = full, capped, all(floors)
         self._measure([core.to(self.reader.dtype) for core in cores], behind[1:])
         # the pass back sees the modes reversed: what was behind is ahead
         self.ahead = [columns[self.order - k].flip(1) if k else behind[0] for k in range(self.order)]
@@ -218,13 +226,13 @@ class _Search:
             errors[-1] = error
         eps = torch.finfo(self.reader.dtype).eps
         stuck = len(errors) > 3 and min(errors[-3:]) > 0.7 * min(errors[:-3])
+        if stuck and self.capped and not self.full:
+            return "the rank cap binds"
         if stuck and (self.at_floor or min(errors) <= 1e3 * eps):
             return f"the noise floor of {self.reader.dtype}: more sweeps do not lower the error"
-        if stuck and not self.full and max(self._ranks()) > 0 and self._capped():
-            return "the rank cap binds"
         if len(errors) > 12 and min(errors[-12:]) > 0.9 * min(errors[:-12]):
             return "stalled: twelve sweeps did not lower the error"
-        if not self.full:
+        if not (self.full or self.capped):
             self.cut /= 4  # nothing is left above the cut, and the error is: singular values below it matter
         return None
 
@@ -236,12 +244,8 @@ class _Search:
             reason += " before the first sweep ended: the network is zero"
         error, count, cores, pivots = self.best
         cores = [core.to(self.reader.source.device) for core in cores]
-        if self.order == 1:
-            cores = [cores[0].reshape(-1)]
-        else:
-            cores = [cores[0].squeeze(0), *cores[1:-1], cores[-1].squeeze(-1)]
         return CrossResult(
-            network=TT([core.contiguous() for core in cores]),
+            network=TT([core.contiguous() for core in _without_ends(cores)]),
             evaluations=self.reader.evaluations,
             bytes_read=self.reader.bytes_read,
             error=error,
@@ -278,9 +282,6 @@ class _Search:
     def _ranks(self) -> list[int]:
         return [core.shape[2] for core in self._last[:-1]]
 
-    def _capped(self) -> bool:
-        return any(r >= cap for r, cap in zip(self._ranks(), self.caps, strict=True))
-
     def _block(self, behind: Tensor, n: int, ahead: Tensor) -> Tensor:
         """Entries at behind x mode x ahead as a matrix (behind and mode, ahead)."""
         parts = []
@@ -289,6 +290,17 @@ class _Search:
             index = torch.cat([part.repeat_interleave(len(ahead), 0), ahead.repeat(len(part), 1)], 1)
             parts.append(self.reader.read(index if self.forward else index.flip(1)))
         return torch.cat(parts).reshape(len(rows), len(ahead))
+
+
+def _without_ends(cores: Sequence[Tensor]) -> list[Tensor]:
+    """Cores of a train without the boundary ranks."""
+    cores = [cores[0].squeeze(0), *cores[1:]]
+    return [*cores[:-1], cores[-1].squeeze(-1)]
+
+
+def _with_ends(cores: Sequence[Tensor]) -> list[Tensor]:
+    cores = [cores[0].unsqueeze(0), *cores[1:]]
+    return [*cores[:-1], cores[-1].unsqueeze(-1)]
 
 
 def _grid(behind: Tensor, n: int) -> Tensor:
