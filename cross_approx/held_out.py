@@ -19,13 +19,17 @@ CLIMB = 8
 def train_entries(cores: list[Inexact[Tensor, "..."]], index: Int[Tensor, "B d"]) -> Inexact[Tensor, "B"]:
     """Entries of a train of cores (r, n, s) at the rows of `index`, in double precision. Cost: O(B d r^2)."""
     values = []
-    for part in index.split(4096):
+    most = max(1, *(core.shape[0] * core.shape[2] for core in cores))
+    for part in index.split(min(4096, max(256, (1 << 22) // most))):
         row = torch.ones(len(part), 1, dtype=torch.promote_types(cores[0].dtype, torch.float64))
         for k, core in enumerate(cores):
             core = core.to(row.dtype)
+            if len(part) < 8 * core.shape[1]:
+                row = torch.bmm(row[:, None], core[:, part[:, k]].movedim(1, 0))[:, 0]
+                continue
             out = row.new_zeros(len(part), core.shape[2])
-            for i in part[:, k].unique().tolist():  # one product an index value, not one matrix an entry
-                here = part[:, k] == i
+            for i in range(core.shape[1]):  # many entries an index: one product for all of them
+                here = (part[:, k] == i).nonzero()[:, 0]
                 out[here] = row[here] @ core[:, i]
             row = out
         values.append(row[:, 0])
@@ -35,8 +39,8 @@ def train_entries(cores: list[Inexact[Tensor, "..."]], index: Int[Tensor, "B d"]
 class HeldOut:
     """A sample of entries, one half uniform, one half near the largest values read, and the error on it.
 
-    The error of a half is `sqrt(mean |a - â|^2 / m)`, m being the mean square of a over that half, but at least what all
-    entries read so far say about the mean square of the whole tensor.
+    The error of a half is `sqrt(mean |a - â|^2 / m)`, m being the mean square of a over that half, but at least what
+    all entries read so far say about the mean square of the whole tensor.
     """
 
     def __init__(self, reader: Reader, count: int, generator: torch.Generator | None) -> None:
@@ -60,9 +64,12 @@ class HeldOut:
         for rounds_left in range(CLIMB, 0, -1):  # every round starts from the largest values of those before
             missing = self.count - half - int(self.near.sum())
             self._append(self._unread(-(-missing // rounds_left), self._around), True)
-        if not len(self.index) and self.numel <= ENUMERATE:  # every entry was used: all of them are compared
+        missing = half - int((~self.near).sum())
+        if missing > 0:  # nearly every entry was used: the sample is filled up with used ones, or all are compared
             self.exhausted = True
-            self._append(self._all(), False)
+            if self.numel <= ENUMERATE:
+                self.index, self.values, self.near = self.index[:0], self.values[:0], self.near[:0]
+            self._append(self._all() if self.numel <= ENUMERATE else self._uniform(missing), False)
 
     def join(self, other: "HeldOut") -> None:
         """Take over the sample of another one."""
@@ -81,6 +88,8 @@ class HeldOut:
 
     def relative(self, errors: Tensor) -> float:
         """The larger of the relative errors of the two halves."""
+        if not len(errors):
+            return inf
         worst, floor = 0.0, self.mean_square()
         for half in (self.near, ~self.near):
             if bool(half.any()):

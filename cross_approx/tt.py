@@ -44,9 +44,10 @@ def tt_cross(
     and a few more) are read; the rank is what their singular values show above the tolerance, the new pivots are rows
     of dominant volume of the left singular vectors, and more rows, of a rectangular maxvol, chosen at random and
     through the worst held-out entries, become the columns of the sweep back, so that the ranks can grow. Pivots are
-    nested in the direction of the last sweep: the train equals A where all indices but the last are a pivot, and nothing
-    is inverted but dominant submatrices of orthonormal bases. Where `rank` binds, up to twice as many pivots are used
-    and the train is rounded to it, which comes close to the best train of that rank (and interpolates no longer).
+    nested in the direction of the last sweep: the train equals A where all indices but the last are a pivot, and
+    nothing is inverted but dominant submatrices of orthonormal bases. Where `rank` binds, up to twice as many
+    pivots (4 more at least) are used and the train is rounded to it, which comes close to the best train of that rank
+    (and interpolates no longer).
 
     What is promised: no entry is asked for twice and `max_evals` is never exceeded; `converged` only if the relative
     error on a fresh sample of `held_out` entries, none of which the cores were made from, is at most tol. Half of these
@@ -160,7 +161,10 @@ class _Search:
         """One pass: cores, pivots behind, and the columns of the pass back."""
         sizes = self.reader.sizes if self.forward else self.reader.sizes[::-1]
         possible = chain_ranks(sizes)
-        caps = [min(2 * cap, most) for cap, most in zip(self.caps, chain_ranks(self.reader.sizes), strict=True)]
+        caps = [
+            min(max(2 * cap, cap + 4), most)
+            for cap, most in zip(self.caps, chain_ranks(self.reader.sizes), strict=True)
+        ]
         caps = caps if self.forward else caps[::-1]
         scale = sqrt(self.monitor.mean_square())
         noise = 4 * torch.finfo(self.reader.dtype).eps
