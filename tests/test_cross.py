@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cross_approx import maxvol
+from cross_approx import maxvol, rect_maxvol
 
 
 @given(st.integers(1, 6), st.integers(0, 40), st.integers(0, 3), st.floats(0.01, 0.5))
@@ -49,3 +49,34 @@ def test_refusals():
         maxvol(torch.tensor([[float("nan")], [1.0]]))
     with pytest.raises(ValueError, match="tau"):
         maxvol(torch.eye(2), tau=0)
+
+
+@given(st.integers(1, 6), st.integers(0, 60), st.floats(0.7, 2.0), st.booleans())
+def test_rectangular_maxvol_bounds_every_row(r, more, tau, is_complex):
+    n = r + more
+    a = torch.randn(n, r, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    a = a * torch.exp(1j * torch.arange(n))[:, None] if is_complex else a
+    rows = rect_maxvol(a, tau)
+    chosen = rows.tolist()
+    assert r <= len(set(chosen)) == len(chosen) <= n
+    norms = torch.linalg.vector_norm(a @ torch.linalg.pinv(a[rows]), dim=1)
+    norms[rows] = 0
+    assert float(norms.max()) <= tau + 1e-9
+
+
+def test_rectangular_maxvol_counts_and_refusals():
+    a = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert len(rect_maxvol(a, 1e-3, max_rows=9)) == 9
+    assert len(rect_maxvol(a, 100, min_rows=7)) == 7
+    assert rect_maxvol(a, 1e9).tolist() == maxvol(a).tolist()
+    with pytest.raises(ValueError, match="expected 4 <= min_rows <= max_rows <= 30"):
+        rect_maxvol(a, max_rows=3)
+    with pytest.raises(ValueError, match="tau must be positive, got 0"):
+        rect_maxvol(a, 0)
+
+
+def test_tall_matrices_take_rounds_of_many_rows():
+    a = torch.randn(20_000, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for scaled in (a, a * 10.0 ** -torch.linspace(0, 12, 20).double()):  # nearly dependent in float64, not in QR
+        rows = maxvol(scaled, 0.01)
+        assert float(torch.linalg.solve(scaled[rows], scaled, left=False).abs().max()) <= 1.01 + 1e-3

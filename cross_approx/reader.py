@@ -1,0 +1,206 @@
+"""Entries of a source, each asked for once, under limits of evaluations, bytes and time."""
+
+import time
+from collections.abc import Callable, Sequence
+from math import prod
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Inexact, Int, Shaped
+from torch import Tensor
+
+from decompositions.linalg import check_finite
+
+BATCH = 1 << 17
+"""Entries asked for in one call at most."""
+
+LARGEST = 64
+"""How many of the largest entries are remembered."""
+
+
+class LimitReached(Exception):
+    """Reading on would pass a limit; the message is the reason of the result."""
+
+
+class DenseSource:
+    """A tensor in memory as a source."""
+
+    def __init__(self, tensor: Shaped[Tensor, "..."]) -> None:
+        self.tensor, self.shape, self.dtype, self.device = tensor, tuple(tensor.shape), tensor.dtype, tensor.device
+        self.chunks = None
+        self.evaluations = 0
+
+    def entries(self, index: Int[Tensor, "B d"]) -> Shaped[Tensor, "B"]:
+        """Values at the rows of `index`."""
+        self.evaluations += len(index)
+        return self.tensor[tuple(index.unbind(1))]
+
+
+class FunctionSource:
+    """A function of an index tensor (B, d) as a source; its dtype is known after the first call."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+        self.function, self.shape, self.chunks = function, shape, None
+        self.dtype, self.device = torch.get_default_dtype(), torch.device("cpu")
+        self.evaluations = 0
+
+    def entries(self, index: Int[Tensor, "B d"]) -> Shaped[Tensor, "B"]:
+        """Values at the rows of `index`."""
+        values = self.function(index)
+        if not isinstance(values, Tensor) or values.shape != (len(index),):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"cross: a callable takes (B, d) and returns a tensor (B,), expected ({len(index)},), got {got}"
+            )
+        self.evaluations += len(index)
+        self.dtype, self.device = values.dtype, values.device
+        return values
+
+
+def open_source(name: str, source: Any, shape: Sequence[int] | None) -> Any:
+    """Whatever was given as a source: one already, a tensor, or a callable with its shape."""
+    if hasattr(source, "entries") and hasattr(source, "shape"):
+        opened = source
+    elif isinstance(source, Tensor):
+        opened = DenseSource(source.detach())
+    elif not callable(source):
+        raise TypeError(f"{name}: expected a source, a tensor or a callable, got {type(source).__name__}")
+    elif shape is None:
+        raise ValueError(f"{name}: a callable source needs its mode sizes, expected shape=(n_1, ..., n_d), got None")
+    else:
+        opened = FunctionSource(source, tuple(shape))
+    sizes = tuple(opened.shape)
+    if not sizes or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
+        raise ValueError(f"{name}: expected mode sizes >= 1 and an order >= 1, got shape {sizes}")
+    if shape is not None and tuple(shape) != sizes:
+        raise ValueError(f"{name}: shape must be that of the source, expected {sizes}, got {tuple(shape)}")
+    return opened
+
+
+class Reader:
+    """Reads entries in double precision, remembers them, counts what was asked for, and stops at a limit.
+
+    A batch that would pass `max_evals` is not begun; time and bytes are looked at before every batch.
+    Cost: O(N log N) for N entries in all, 40 bytes of memory each.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Any,
+        max_evals: int | None = None,
+        max_bytes: int | None = None,
+        max_seconds: int | float | None = None,
+    ) -> None:
+        self.name, self.source = name, source
+        self.sizes = tuple(int(n) for n in source.shape)
+        self.max_evals, self.max_bytes, self.max_seconds = max_evals, max_bytes, max_seconds
+        self.evaluations = 0
+        self.sum_squares = 0.0
+        self.largest = torch.zeros(0, len(self.sizes), dtype=torch.long)
+        self._largest_sizes = torch.zeros(0, dtype=torch.float64)
+        self._runs: list[tuple[Tensor, ...]] = []  # sorted keys, second keys, values, whether used; lengths fall
+        self._start, self._bytes_before = time.monotonic(), getattr(source, "bytes_read", 0)
+        generator = torch.Generator().manual_seed(0)
+        whole = 2**62
+        self._weights = torch.randint(-whole, whole, (len(self.sizes), 2), generator=generator) * 2 + 1
+        if prod(self.sizes) < whole:  # an exact key; otherwise 128 bits of a linear hash
+            self._weights[:, 0] = torch.tensor([prod(self.sizes[k + 1 :]) for k in range(len(self.sizes))])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values as the source gives them; integers count as torch's default dtype."""
+        dtype = self.source.dtype
+        return dtype if dtype.is_floating_point or dtype.is_complex else torch.get_default_dtype()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        reported = getattr(self.source, "bytes_read", None)
+        if reported is not None:
+            return int(reported) - int(self._bytes_before)
+        return self.evaluations * self.source.dtype.itemsize
+
+    @property
+    def largest_value(self) -> float:
+        """Largest absolute value read."""
+        return float(self._largest_sizes[0]) if len(self._largest_sizes) else 0.0
+
+    def read(self, index: Int[Tensor, "B d"], *, use: bool = True) -> Inexact[Tensor, "B"]:
+        """Values in float64 or complex128, from memory where they were read before. Rows may repeat.
+
+        Entries read with `use=False` are held out until they are read with `use=True`.
+
+        Raises:
+            LimitReached: a limit binds; nothing of this call was asked for beyond it.
+            ValueError: a value is NaN or infinite.
+        """
+        keys, checks = self._keys(index)
+        found, _, values = self._find(keys, checks, use)
+        if not bool(found.all()):
+            new = (~found).nonzero()[:, 0]
+            new = new[keys[new].argsort(stable=True)]  # sorted: neighbours are close to one another in the source
+            first = torch.ones(len(new), dtype=torch.bool)
+            first[1:] = keys[new[1:]] != keys[new[:-1]]
+            new = new[first]
+            self._ask(index[new], keys[new], checks[new], use)
+            values = self._find(keys, checks, use)[2]
+        return values
+
+    def used(self, index: Int[Tensor, "B d"]) -> Tensor:
+        """Which rows were read, and not only to be held out."""
+        return self._find(*self._keys(index), False)[1]
+
+    def _keys(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        keys = [(index * self._weights[:, k]).sum(1) for k in range(2)]  # wraps around
+        return keys[0], keys[1]
+
+    def _find(self, keys: Tensor, checks: Tensor, use: bool) -> tuple[Tensor, Tensor, Tensor]:
+        found, used = torch.zeros(len(keys), dtype=torch.bool), torch.zeros(len(keys), dtype=torch.bool)
+        values = torch.zeros(len(keys), dtype=self._runs[0][2].dtype if self._runs else torch.float64)
+        for run_keys, run_checks, run_values, run_used in self._runs:
+            at = torch.searchsorted(run_keys, keys).clamp_max_(len(run_keys) - 1)
+            here = (run_keys[at] == keys) & (run_checks[at] == checks)
+            values = torch.where(here, run_values[at], values)
+            if use:
+                run_used[at[here]] = True
+            used |= here & run_used[at]
+            found |= here
+        return found, used, values
+
+    def _ask(self, index: Tensor, keys: Tensor, checks: Tensor, use: bool) -> None:
+        if self.max_evals is not None and self.evaluations + len(index) > self.max_evals:
+            raise LimitReached(f"max_evals = {self.max_evals}")
+        parts = []
+        for part in index.split(BATCH):
+            if self.max_seconds is not None and time.monotonic() - self._start >= self.max_seconds:
+                raise LimitReached(f"max_seconds = {self.max_seconds}")
+            if self.max_bytes is not None and self.bytes_read >= self.max_bytes:
+                raise LimitReached(f"max_bytes = {self.max_bytes}")
+            self.evaluations += len(part)
+            raw = self.source.entries(part.to(self.source.device)).detach().cpu()
+            double = torch.promote_types(raw.dtype, torch.float64)
+            values = raw.to(double)
+            bad = (~torch.isfinite(values)).nonzero()[:, 0]
+            if len(bad):
+                at = bad[0]
+                raise ValueError(
+                    f"{self.name}: entries must be finite, got {values[at].item()} at index "
+                    f"{tuple(part[at].tolist())} ({len(bad)} of {len(part)} in this batch)"
+                )
+            parts.append(values)
+        values = torch.cat(parts)
+        check_finite(self.name, values)
+        magnitudes = values.abs()
+        self.sum_squares += float(magnitudes.square().sum())
+        sizes = torch.cat([self._largest_sizes, magnitudes])
+        top = sizes.topk(min(LARGEST, len(sizes)))
+        self.largest = torch.cat([self.largest, index])[top.indices]
+        self._largest_sizes = top.values
+        run: tuple[Tensor, ...] = (keys, checks, values, torch.full((len(keys),), use))
+        while self._runs and len(self._runs[-1][0]) <= 2 * len(run[0]):
+            both = [torch.cat(pair) for pair in zip(self._runs.pop(), run, strict=True)]
+            order = both[0].argsort()
+            run = tuple(part[order] for part in both)
+        self._runs.append(run)
