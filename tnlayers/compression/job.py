@@ -66,7 +66,7 @@ class CompressConfig:
         sequential: collect again after every block.
         recover: "none", "distill" or "blocks".
         seconds: of recovery.
-        lr: of recovery.
+        lr: of recovery; None for the default of `distill` or `reconstruct`.
         metrics: names, see `evaluate`; None for those that suit the model.
         task: see `open_pretrained`.
         dtype: of the weights.
@@ -108,7 +108,7 @@ class CompressConfig:
     sequential: bool = False
     recover: str = "none"
     seconds: float = 300.0
-    lr: float = 1e-3
+    lr: float | None = None
     metrics: tuple[str, ...] | None = None
     task: str | None = None
     dtype: str | None = None
@@ -147,7 +147,8 @@ class CompressConfig:
                 raise ValueError(f"compress: --{flag} must be at least 1, got {getattr(self, name)}")
         if not isinstance(self.mu, str) and not (isfinite(self.mu) and self.mu >= 0):
             raise ValueError(f"compress: --mu must be a number >= 0 or 'adaptive', got {self.mu}")
-        if not (isfinite(self.seconds) and self.seconds > 0 and isfinite(self.lr) and self.lr > 0):
+        lr = 1.0 if self.lr is None else self.lr
+        if not (isfinite(self.seconds) and self.seconds > 0 and isfinite(lr) and lr > 0):
             raise ValueError(f"compress: --seconds and --lr must be above 0, got {self.seconds} and {self.lr}")
         self._check_data()
 
@@ -383,9 +384,11 @@ def _recover(
     file = _beside(config, f"recovery.{name}.pt")
     _forget_recoveries(config, but=file)
     options: dict[str, Any] = {
-        "seconds": config.seconds, "lr": config.lr, "checkpoint": file, "progress": progress,
+        "seconds": config.seconds, "checkpoint": file, "progress": progress,
         "generator": torch.Generator().manual_seed(config.seed),
     }  # fmt: skip
+    if config.lr is not None:
+        options["lr"] = config.lr
     if config.recover == "blocks":
         made = reconstruct(held.model, teacher, known.batches, **options)
     else:
