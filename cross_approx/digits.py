@@ -25,7 +25,7 @@ def upsample_digits(
     base: int = 2,
     mode: Literal["linear", "constant"] = "linear",
     align: Literal["cells", "corners"] = "cells",
-    tol: int | float | None = 1e-10,
+    tol: int | float | None = None,
 ) -> tuple[TT, Any]:
     """A quantized train (QTT) on a grid `base` times as fine along some axes: a digit more for each.
 
@@ -45,7 +45,7 @@ def upsample_digits(
         base: size of the new digits.
         mode: "linear" or "constant".
         align: as in `upsample`.
-        tol: relative error of the rounding after a linear step; None leaves the ranks.
+        tol: relative error of the rounding after a linear step; 20 m machine epsilons by default.
 
     Returns:
         The train, and its quantization: `shape` and the sizes of the refined axes are `base` times the old ones.
@@ -86,8 +86,8 @@ def upsample_digits(
     cores[0] = cores[0].squeeze(0)
     cores[-1] = cores[-1].squeeze(-1)
     fine = TT(cores)
-    if mode == "linear" and tol is not None:
-        fine = round_network(fine, tol=float(tol))
+    if mode == "linear":
+        fine = round_network(fine, tol=20 * len(modes) * torch.finfo(fine.dtype).eps if tol is None else float(tol))
     return fine, replace(quantization, shape=shape, modes=modes)
 
 

@@ -220,7 +220,7 @@ def test_decode_of_a_part_under_a_limit(rng):
             whole[place] = values
         torch.testing.assert_close(whole, x)
     assert [value.shape for _, value in decode(net, (0, 0, 0))] == [()]
-    with pytest.raises(ValueError, match="decode: a single entry needs"):
+    with pytest.raises(ValueError, match="decode: one entry takes"):
         decode(net, max_bytes=8)
     with pytest.raises(ValueError, match="blocks must be one int >= 1, or one for each of the 3 axes"):
         decode(net, blocks=(1, 2))

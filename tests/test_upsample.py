@@ -1,4 +1,4 @@
-"""Finer and coarser grids, of networks and of quantized trains: against torch's own interpolation of the dense tensor."""
+"""Finer and coarser grids, of networks and of quantized trains, against torch's own interpolation."""
 
 from dataclasses import dataclass
 from math import prod
