@@ -8,8 +8,8 @@ from cross_approx.calculus import quadrature as quadrature
 from cross_approx.calculus import subtensor as subtensor
 from cross_approx.chunked import ChunkedSource as ChunkedSource
 from cross_approx.chunked import ChunkError as ChunkError
-from cross_approx.digits import downsample_digits as downsample_digits
-from cross_approx.digits import upsample_digits as upsample_digits
+from cross_approx.refinement import downsample_digits as downsample_digits
+from cross_approx.refinement import upsample_digits as upsample_digits
 from cross_approx.extrema import argmax as argmax
 from cross_approx.extrema import argmin as argmin
 from cross_approx.interpolation import downsample as downsample
