@@ -21,7 +21,8 @@ class View(Source):
 
     Every request becomes one request of the base (a slab or fibers where the index arithmetic allows, else entries), so
     the base groups it by chunk, caches, counts and refuses; its index stands in the messages. `evaluations`,
-    `bytes_read`, `chunks_read` and `hit_rate` are those of the base, whoever asked it.
+    `bytes_read`, `chunks_read` and `hit_rate` are those of the base, whoever asked it. `chunks` is None where a chunk of
+    the base is no box of the view (split and merged axes).
 
     Args:
         base: the source.
@@ -204,10 +205,13 @@ class _Padded(View):
             if any(len(r) == 0 for r in wanted):
                 return torch.zeros([len(r) for r in ranges], dtype=self.dtype, device=self.device)
         once = [np.unique(r, return_inverse=True) for r in wanted]
-        box = [_progression(r) for r, _ in once]
-        if any(r is None for r in box):
-            return super()._slab(ranges)
-        values: Tensor = self.base.slab(tuple(_slice(r) for r in box if r is not None))
+        box = [r for r in (_progression(r) for r, _ in once) if r is not None]
+        if len(box) == len(once):
+            values: Tensor = self.base.slab(tuple(_slice(r) for r in box))
+        else:  # the last value of an axis is none of the steps to it
+            grids = torch.meshgrid(*(torch.from_numpy(r) for r, _ in once), indexing="ij")
+            index = torch.stack([grid.flatten() for grid in grids], 1)
+            values = self._ask(index).reshape(grids[0].shape)
         for axis, (_, back) in enumerate(once):
             if len(back) != values.shape[axis]:
                 values = values.index_select(axis, torch.from_numpy(back).to(values.device))
