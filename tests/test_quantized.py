@@ -179,7 +179,7 @@ def test_random_trains_over_digits(shape, rng):
 
 
 def test_the_probe_chooses_the_order(rng):
-    """A function of |x - y| has small ranks only where the digits of x and y meet; a product of functions in C and F."""
+    """A function of |x - y| has small ranks only where the digits of x and y meet; a product has them elsewhere."""
     shape = (512, 512)
     near = qtt_cross(
         lambda i: torch.exp(-0.2 * (i[:, 0] - i[:, 1]).abs().double()), shape=shape, tol=1e-8, generator=rng
