@@ -1,13 +1,12 @@
 """Finer and coarser grids, of networks and of quantized trains, against torch's own interpolation."""
 
-from dataclasses import dataclass
 from math import prod
 
 import pytest
 import torch
 from cases import ALL
 
-from cross_approx import downsample, downsample_digits, interpolate, upsample, upsample_digits
+from cross_approx import Quantization, downsample, downsample_digits, interpolate, upsample, upsample_digits
 from decompositions import CP, TT, Tucker, to_dense, tt_svd
 
 F64 = torch.float64
@@ -116,14 +115,6 @@ def test_refusals(unchecked):
 # --- quantized trains ---
 
 
-@dataclass(frozen=True)
-class Digits:
-    """What a quantization has to have."""
-
-    shape: tuple[int, ...]
-    modes: tuple[tuple[int, int], ...]
-
-
 def quantized(x, modes, rng):
     """An exact train of a dense tensor padded with noise: values of the padding must not be seen."""
     d = x.ndim
@@ -160,7 +151,7 @@ LAYOUTS = [
 def test_a_digit_more(shape, modes, base, mode, align, rng):
     x = torch.randn(shape, dtype=F64, generator=rng)
     net = quantized(x, modes, rng)
-    fine, q = upsample_digits(net, Digits(shape, modes), base=base, mode=mode, align=align)
+    fine, q = upsample_digits(net, Quantization(shape, modes), base=base, mode=mode, align=align)
     assert q.shape == tuple(base * n for n in shape)
     expected = x
     for k, n in enumerate(shape):
@@ -181,11 +172,11 @@ def test_a_digit_more(shape, modes, base, mode, align, rng):
 def test_order_of_the_new_digits(rng):
     x = torch.randn(4, 4, dtype=F64, generator=rng)
     apart, mixed = ((0, 2), (0, 2), (1, 2), (1, 2)), ((0, 2), (1, 2), (0, 2), (1, 2))
-    assert upsample_digits(quantized(x, apart, rng), Digits((4, 4), apart))[1].modes == (
+    assert upsample_digits(quantized(x, apart, rng), Quantization((4, 4), apart))[1].modes == (
         *apart[:2], (0, 2), *apart[2:], (1, 2)
     )  # fmt: skip
-    assert upsample_digits(quantized(x, mixed, rng), Digits((4, 4), mixed))[1].modes == (*mixed, (0, 2), (1, 2))
-    only = upsample_digits(quantized(x, apart, rng), Digits((4, 4), apart), axes=1)[1]
+    assert upsample_digits(quantized(x, mixed, rng), Quantization((4, 4), mixed))[1].modes == (*mixed, (0, 2), (1, 2))
+    only = upsample_digits(quantized(x, apart, rng), Quantization((4, 4), apart), axes=1)[1]
     assert only.shape == (4, 8)
 
 
@@ -194,7 +185,7 @@ def test_smooth_functions_keep_small_ranks(rng):
     x = torch.arange(64, dtype=F64) / 64
     for values, most in ((torch.ones(64), 1), (x, 2), (torch.exp(-x), 3)):
         net = tt_svd(values.double().reshape((2,) * 6), tol=1e-13)
-        q = Digits((64,), ((0, 2),) * 6)
+        q = Quantization((64,), ((0, 2),) * 6)
         for _ in range(6):
             net, q = upsample_digits(net, q, align="corners")
         assert q.shape == (4096,)
@@ -205,16 +196,18 @@ def test_smooth_functions_keep_small_ranks(rng):
 
 def test_refused_digits(unchecked, rng):
     net = quantized(torch.randn(4, 4, dtype=F64, generator=rng), ((0, 2), (0, 2), (1, 2), (1, 2)), rng)
-    good = Digits((4, 4), ((0, 2), (0, 2), (1, 2), (1, 2)))
+    good = Quantization((4, 4), ((0, 2), (0, 2), (1, 2), (1, 2)))
     for call, message in (
-        (lambda: upsample_digits(net, Digits((4, 4), ((0, 2), (0, 2), (1, 4)))), "the digits must be the modes"),
-        (lambda: upsample_digits(net, Digits((5, 4), good.modes)), "digits of axis 0 must cover its size 5"),
+        (lambda: upsample_digits(net, Quantization((4, 4), ((0, 2), (0, 2), (1, 4)))), "the digits must be the modes"),
         (lambda: upsample_digits(net, good, base=1), "base must be an int >= 2"),
         (lambda: upsample_digits(net, good, mode="cubic"), "expected mode 'linear' or 'constant'"),
         (lambda: upsample_digits(Tucker.random(row_modes=(2,) * 4, rank=2), good), "a train with one core a mode"),
-        (lambda: downsample_digits(net, Digits((3, 4), good.modes)), "a size that its last digit divides, got size 3"),
+        (
+            lambda: downsample_digits(net, Quantization((3, 4), good.modes)),
+            "a size that its last digit divides, got size 3",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="expected a quantization with shape and modes, got tuple"):
+    with pytest.raises(TypeError, match="expected a Quantization, got tuple"):
         upsample_digits(net, good.modes)
