@@ -1,7 +1,7 @@
 """Networks that are chains, as cores (left, mode, right) with boundary ranks 1: what walks along a train needs."""
 
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Chain:
 
 
 def chain_of(name: str, net: Network) -> Chain:
-    """The network as a chain, each core scaled to norm 1 (the factor is lost: it changes no place and no ratio).
+    """The network as a chain, each core scaled by itself (the factor is lost: it changes no place and no ratio).
 
     Raises:
         ValueError: not a tree, or a core with more than two neighbours.
@@ -84,7 +84,7 @@ def chain_of(name: str, net: Network) -> Chain:
         r = core.shape[0] if left is not None else 1
         s = core.shape[-1] if right is not None else 1
         size = prod(net.sizes[label] for label in own)
-        cores.append(_scaled(core.reshape(r, size, s)))
+        cores.append(_scaled(core.reshape(r, size, s)) * sqrt(size * s))  # entries of a random chain stay near 1
         axes.append(tuple(net.outside.index(label) for label in own))
         if right is None:
             break

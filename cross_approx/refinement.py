@@ -44,7 +44,7 @@ def upsample_digits(
         base: size of the new digits.
         mode: "linear" or "constant".
         align: as in `upsample`.
-        tol: relative error of the rounding after a linear step; 20 m machine epsilons by default.
+        tol: relative error of the rounding after linear steps; 20 m machine epsilons an axis by default.
 
     Returns:
         The train, and its quantization: `shape` and the sizes of the refined axes are `base` times the old ones.
@@ -74,15 +74,15 @@ def upsample_digits(
         raise ValueError(f"{name}: base must be an int >= 2, got {base!r}")
     shape, modes = _check(name, network, quantization)
     cores = _cores(name, network)
-    for axis in check_axes(name, axes, len(shape)):
+    refined = check_axes(name, axes, len(shape))
+    for axis in refined:
         cores, modes = _refined(cores, modes, axis, shape[axis], _weights(base, mode, align))
         shape = (*shape[:axis], base * shape[axis], *shape[axis + 1 :])
-    cores[0] = cores[0].squeeze(0)
-    cores[-1] = cores[-1].squeeze(-1)
-    fine = TT(cores)
-    if mode == "linear":
-        fine = round_network(fine, tol=20 * len(modes) * torch.finfo(fine.dtype).eps if tol is None else float(tol))
-    return fine, Quantization(shape, modes)
+        if mode == "linear":  # axis by axis: states of interleaved axes would multiply
+            least = 20 * len(modes) * torch.finfo(network.dtype).eps
+            cut = round_network(_train(cores), tol=least if tol is None else float(tol) / len(refined))
+            cores = _cores(name, cut)
+    return _train(cores), Quantization(shape, modes)
 
 
 def downsample_digits(
@@ -156,9 +156,13 @@ def _cores(name: str, network: Network) -> list[Tensor]:
     ]
     if list(network.legs) != expected or len(network.outside) != last + 1:
         raise ValueError(f"{name}: expected a train with one core a mode, in their order, got {network.equation}")
-    cores = list(network.cores)
-    cores[0] = cores[0].unsqueeze(0)
+    cores = [network.cores[0].unsqueeze(0), *network.cores[1:]]
     return [*cores[:-1], cores[-1].unsqueeze(-1)]
+
+
+def _train(cores: Sequence[Tensor]) -> TT:
+    cores = [cores[0].squeeze(0), *cores[1:]]
+    return TT([*cores[:-1], cores[-1].squeeze(-1)])
 
 
 SAME, CARRY, BORROW, TOP, BEYOND, BOTTOM = range(6)

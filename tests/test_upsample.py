@@ -142,6 +142,7 @@ LAYOUTS = [
     ((6, 4), ((1, 2), (1, 2), (0, 2), (0, 3))),  # Fortran order
     ((4, 3), ((0, 2), (1, 2), (0, 2), (1, 2))),  # interleaved and padded
     ((1, 4, 2), ((1, 2), (2, 2), (1, 2))),  # an axis without digits
+    ((1, 5), ((0, 1), (1, 5), (1, 2), (1, 1))),  # digits of size 1
 ]
 
 
