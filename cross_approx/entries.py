@@ -1,6 +1,6 @@
 """Many entries of a network at once, or weighted means of neighbouring ones: what `gather` and `interpolate` share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -77,26 +77,55 @@ def _table(core: Tensor, leg: Labels, outside: set[str]) -> Tensor:
     return core.permute(*order, *rest).flatten(0, len(order) - 1) if order else core
 
 
-def _selected(net: Network, k: int, table: Tensor, corners: list[list[Corner]]) -> tuple[Tensor, Labels]:
-    """The part of core k that the batch needs, with its labels: the batch first, unless the core has no outside leg."""
-    leg, outside, sizes = net.legs[k], net.outside, net.sizes
-    own = [label for label in leg if label in outside]
-    bonds = tuple(label for label in leg if label not in outside)
-    if not own:
-        return table, bonds
-    total: Tensor | None = None
-    for choice in product(*(corners[outside.index(label)] for label in own)):
+def _places(net: Network, k: int, corners: list[list[Corner]]) -> list[Corner]:
+    """Rows of the table of core k that the batch needs, with their weights; none where it has no outside leg."""
+    own = [label for label in net.legs[k] if label in net.outside]
+    sizes, found = net.sizes, []
+    for choice in product(*(corners[net.outside.index(label)] for label in own)) if own else ():
         at, weight = torch.zeros_like(choice[0].at), None
         for label, corner in zip(own, choice, strict=True):
             at = at * sizes[label] + corner.at
             if corner.weight is not None:
                 weight = corner.weight if weight is None else weight * corner.weight
-        part = table.index_select(0, at)
+        found.append(Corner(at, weight))
+    return found
+
+
+def _weighted(places: list[Corner], value: Callable[[Tensor], Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for at, weight in places:
+        part = value(at)
         if weight is not None:
-            part = part * weight.to(table.real.dtype).reshape(-1, *[1] * len(bonds))
+            part = part * weight.to(part.real.dtype).reshape(-1, *[1] * (part.ndim - 1))
         total = part if total is None else total + part
     assert total is not None
-    return total, (BATCH, *bonds)
+    return total
+
+
+def _selected(net: Network, k: int, table: Tensor, places: list[Corner]) -> tuple[Tensor, Labels]:
+    """The part of core k that the batch needs, with its labels: the batch first, unless the core has no outside leg."""
+    bonds = tuple(label for label in net.legs[k] if label not in net.outside)
+    if not places:
+        return table, bonds
+    return _weighted(places, lambda at: table.index_select(0, at)), (BATCH, *bonds)
+
+
+def _absorbed(table: Tensor, places: list[Corner], message: Tensor, axis: int) -> Tensor:
+    """The selected part times one message (batch, bond) along an axis of the table, a product for every index.
+
+    Many rows share an index: nothing of the size (batch, r, r) is made.
+    """
+    matrices = table.movedim(axis, 1)
+    rest = matrices.shape[2:]
+    matrices = matrices.flatten(2) if rest else matrices[..., None]
+
+    def value(at: Tensor) -> Tensor:
+        order = at.argsort()
+        groups = message.index_select(0, order).split(torch.bincount(at, minlength=len(table)).tolist())
+        done = torch.cat([rows @ matrix for rows, matrix in zip(groups, matrices.unbind(0), strict=True)])
+        return done.index_select(0, order.argsort())
+
+    return _weighted(places, value).unflatten(1, rest) if rest else _weighted(places, value)[:, 0]
 
 
 def _tree_values(net: Network, tables: list[Tensor], corners: list[list[Corner]]) -> Tensor:
@@ -105,8 +134,17 @@ def _tree_values(net: Network, tables: list[Tensor], corners: list[list[Corner]]
     received: dict[int, list[tuple[str, Tensor, Labels]]] = {}
 
     def closed(k: int) -> tuple[Tensor, Labels]:
-        value, labels = _selected(net, k, tables[k], corners)
-        for bond, message, message_labels in sorted(received.pop(k, []), key=lambda m: -m[1].shape[-1]):
+        places = _places(net, k, corners)
+        waiting = sorted(received.pop(k, []), key=lambda m: -m[1].shape[-1])
+        first = waiting[0] if waiting and places else None
+        if first is not None and first[2][0] == BATCH and len(first[1]) >= 8 * len(tables[k]):
+            labels = tuple(label for label in net.legs[k] if label not in net.outside)
+            value = _absorbed(tables[k], places, first[1], 1 + labels.index(first[0]))
+            labels = (BATCH, *(label for label in labels if label != first[0]))
+            waiting = waiting[1:]
+        else:
+            value, labels = _selected(net, k, tables[k], places)
+        for bond, message, message_labels in waiting:
             kept = tuple(label for label in labels if label not in (bond, BATCH))
             out = (BATCH, *kept) if BATCH in (*labels, *message_labels) else kept
             value, labels = contract(_letters(labels, message_labels, out), value, message), out
@@ -120,7 +158,7 @@ def _tree_values(net: Network, tables: list[Tensor], corners: list[list[Corner]]
 
 def _path_values(net: Network, tables: list[Tensor], corners: list[list[Corner]]) -> Tensor:
     """Hyper-edges and loops: one contraction with the batch as a label that all cores share."""
-    found = [_selected(net, k, tables[k], corners) for k in range(len(net.cores))]
+    found = [_selected(net, k, tables[k], _places(net, k, corners)) for k in range(len(net.cores))]
     legs = [labels for _, labels in found]
     batch = next(len(value) for value, labels in found if BATCH in labels)
     sizes = {label: size for label, size in net.sizes.items() if label not in net.outside}

@@ -41,7 +41,7 @@ def interpolate(
 
     The weights factorize, so that each core is interpolated by itself: O(B d r^2) for a train, not 2^d entries a point.
     Equal to `gather` at grid points, exact for multilinear functions. Differentiable in the cores, in the points (the
-    slope of the cell; on a boundary that of the cell above) and in the nodes.
+    slope of the cell; at a grid point that of the cell above) and in the nodes.
 
     Args:
         network: of any format.
@@ -50,7 +50,7 @@ def interpolate(
             is at -1 and the last at 1 (`align_corners=True`). "cells": entries are centers of n equal cells of [-1, 1],
             entry k at (2 k + 1) / n - 1 (`align_corners=False`).
         nodes: instead of `align`, the increasing coordinates (n_k,) of the entries of every mode, in any spacing.
-        outside: beyond the first and last entry. "error" refuses (half an ulp of rounding beyond counts as inside),
+        outside: beyond the first and last entry. "error" refuses (rounding of the coordinates counts as inside),
             "clamp" takes the nearest boundary point, "zero" lets values fall linearly to 0 within one spacing and
             stay 0, "extrapolate" continues the first or last cell.
 

@@ -49,10 +49,11 @@ def dense(value):
 
 
 @every
-@pytest.mark.parametrize("dtype", [F64, torch.complex128])
-def test_gather_is_dense_indexing(case, dtype, rng):
+@pytest.mark.parametrize(("dtype", "count"), [(F64, 5), (torch.complex128, 5), (F64, 300), (torch.complex128, 300)])
+def test_gather_is_dense_indexing(case, dtype, count, rng):
+    """Few rows go one by one, many are grouped by their index."""
     net = tracked(case, dtype)
-    index = random_index(net.shape, 23, rng)
+    index = random_index(net.shape, count, rng)
     assert_same(gather(net, index), to_dense(net)[tuple(index.T)], net, rng)
     assert gather(net, index[:0]).shape == (0,)
 
@@ -349,6 +350,9 @@ def test_interpolation_is_that_of_the_dense_tensor(case, rng):
     assert_same(interpolate(net, points), dense_interpolation(to_dense(net), points), net, rng)
     index = random_index(net.shape, 4, rng)
     torch.testing.assert_close(interpolate(net, index.double()), gather(net, index), rtol=1e-13, atol=1e-13)
+    many = torch.rand(200, net.order, dtype=F64, generator=rng) * top
+    one_by_one = torch.cat([interpolate(net, point) for point in many[:, None]])
+    torch.testing.assert_close(interpolate(net, many), one_by_one, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("align", ["corners", "cells"])
