@@ -31,7 +31,8 @@ def gather(network: Network, index: Int[Tensor, "B d"]) -> Inexact[Tensor, "B"]:
     """Entries of a network at B multi-indices, `W[index[b, 0], ..., index[b, d - 1]]`, rows first, then columns.
 
     Differentiable in the cores. Cost: a train O(B d r^2), any tree O(B) times its cores without their outside legs
-    (one matrix product for all rows that share an index, where many do); hyper-edges and loops in opt_einsum's order. Memory: chunks of B of 16 MiB (gradients keep what they need).
+    (one matrix product for all rows that share an index, where many do); hyper-edges and loops in opt_einsum's order.
+    Memory: chunks of B of 16 MiB (gradients keep what they need).
 
     Args:
         network: of any format.
