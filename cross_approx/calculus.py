@@ -151,7 +151,7 @@ def decode(
 
     `result[place] = values` over all pairs is `W[key]`, or its means over boxes. Strides and means are taken of the
     cores, so that nothing finer than the result is ever made. Memory: `max_bytes` for a block together with the
-    intermediates of its contraction.
+    intermediates of its contraction; a block that the caller still holds comes on top.
 
     Args:
         network: of any format.
