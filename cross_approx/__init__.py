@@ -1,7 +1,19 @@
 """Tensors from few of their entries: sources of entries in memory and out of it, dominant submatrices, and crosses."""
 
+from cross_approx.calculus import apply_function as apply_function
+from cross_approx.calculus import decode as decode
+from cross_approx.calculus import gather as gather
+from cross_approx.calculus import integrate as integrate
+from cross_approx.calculus import quadrature as quadrature
+from cross_approx.calculus import subtensor as subtensor
 from cross_approx.chunked import ChunkedSource as ChunkedSource
 from cross_approx.chunked import ChunkError as ChunkError
+from cross_approx.digits import Quantization as Quantization
+from cross_approx.extrema import argmax as argmax
+from cross_approx.extrema import argmin as argmin
+from cross_approx.interpolation import downsample as downsample
+from cross_approx.interpolation import interpolate as interpolate
+from cross_approx.interpolation import upsample as upsample
 from cross_approx.maxvol import maxvol as maxvol
 from cross_approx.maxvol import rect_maxvol as rect_maxvol
 from cross_approx.out_of_core import DaskSource as DaskSource
@@ -10,8 +22,17 @@ from cross_approx.out_of_core import Hdf5Source as Hdf5Source
 from cross_approx.out_of_core import SafetensorsSource as SafetensorsSource
 from cross_approx.out_of_core import XarraySource as XarraySource
 from cross_approx.out_of_core import ZarrSource as ZarrSource
+from cross_approx.quantized import qtt_cross as qtt_cross
+from cross_approx.refinement import downsample_digits as downsample_digits
+from cross_approx.refinement import upsample_digits as upsample_digits
 from cross_approx.result import CrossResult as CrossResult
+from cross_approx.sampling import sample as sample
 from cross_approx.skeleton import skeleton as skeleton
 from cross_approx.source import Source as Source
 from cross_approx.source import as_source as as_source
 from cross_approx.tt import tt_cross as tt_cross
+from cross_approx.ttm import ttm_cross as ttm_cross
+from cross_approx.views import merge_axes as merge_axes
+from cross_approx.views import pad_axes as pad_axes
+from cross_approx.views import permute_axes as permute_axes
+from cross_approx.views import split_axis as split_axis
