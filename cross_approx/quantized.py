@@ -119,7 +119,7 @@ def qtt_cross(
     for layout, cap in zip(layouts, caps, strict=True):
         folded = FoldedReader(reader, layout.sizes, layout.index, layout.digits, "edge")
         monitor = RealEntries(folded, max(2, held_out // 5), generator)
-        searches.append(_Search(cast(Reader, folded), monitor, float(tol), cap, generator))
+        searches.append(_Search(folded, monitor, float(tol), cap, generator))
     starts = [points if isinstance(points, int) else layout.digits(points) for layout in layouts]
     best = 0
     if len(layouts) > 1:
