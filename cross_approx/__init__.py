@@ -36,3 +36,4 @@ from cross_approx.views import merge_axes as merge_axes
 from cross_approx.views import pad_axes as pad_axes
 from cross_approx.views import permute_axes as permute_axes
 from cross_approx.views import split_axis as split_axis
+from cross_approx.views import split_digits as split_digits

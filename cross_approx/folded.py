@@ -1,7 +1,7 @@
 """Reading a tensor folded to other modes: one memory of entries for all foldings, nothing beyond its bounds."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from jaxtyping import Inexact, Int
@@ -38,13 +38,35 @@ class FoldedReader:
         self.reader, self.sizes, self.unfold, self.fold, self.fill = reader, tuple(sizes), unfold, fold, fill
         self._last = torch.tensor(reader.sizes) - 1
 
-    name = property(lambda self: self.reader.name)
-    source = property(lambda self: self.reader.source)
-    dtype = property(lambda self: self.reader.dtype)
-    evaluations = property(lambda self: self.reader.evaluations)
-    bytes_read = property(lambda self: self.reader.bytes_read)
-    sum_squares = property(lambda self: self.reader.sum_squares)
-    largest = property(lambda self: self.reader.largest)
+    @property
+    def source(self) -> Any:
+        """The source below."""
+        return self.reader.source
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        return self.reader.dtype
+
+    @property
+    def evaluations(self) -> int:
+        """Entries asked for, by all foldings."""
+        return self.reader.evaluations
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read, by all foldings."""
+        return self.reader.bytes_read
+
+    @property
+    def sum_squares(self) -> float:
+        """Of the entries read, each counted once."""
+        return self.reader.sum_squares
+
+    @property
+    def largest(self) -> Tensor:
+        """Indices of the largest entries read, in the modes of the tensor itself."""
+        return self.reader.largest
 
     def read(self, index: Int[Tensor, "B m"], *, use: bool = True) -> Inexact[Tensor, "B"]:
         """Values at folded indices; see `Reader.read`."""
@@ -68,7 +90,7 @@ class RealEntries(HeldOut):
     """A held-out sample of a folded tensor: drawn in the tensor itself, so that no padded entry is in it."""
 
     def __init__(self, reader: FoldedReader, count: int, generator: torch.Generator | None) -> None:
-        super().__init__(cast(Reader, reader), count, generator)
+        super().__init__(reader, count, generator)
         self.folded = reader
         self._real = HeldOut(reader.reader, count, generator)
         self.numel = self._real.numel

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.reader import Reader
+from cross_approx.reader import Entries
 
 ENUMERATE = 1 << 16
 """Tensors of at most so many entries are listed rather than sampled."""
@@ -43,7 +43,7 @@ class HeldOut:
     all entries read so far say about the mean square of the whole tensor.
     """
 
-    def __init__(self, reader: Reader, count: int, generator: torch.Generator | None) -> None:
+    def __init__(self, reader: Entries, count: int, generator: torch.Generator | None) -> None:
         self.reader, self.count, self.generator = reader, count, generator
         d = len(reader.sizes)
         self.numel = prod(reader.sizes)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from math import prod
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Inexact, Int
@@ -53,6 +53,54 @@ def check_limits(name: str, **limits: int | float | None) -> None:
     for what, limit in limits.items():
         if limit is not None and not limit > 0:
             raise ValueError(f"{name}: {what} must be positive, got {limit}")
+
+
+@runtime_checkable
+class Entries(Protocol):
+    """What searches and held-out samples ask: of a `Reader`, or of one seen through a change of modes."""
+
+    @property
+    def source(self) -> Any:
+        """Where the entries come from."""
+        ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of the modes."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        ...
+
+    @property
+    def evaluations(self) -> int:
+        """Entries asked for so far."""
+        ...
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        ...
+
+    @property
+    def sum_squares(self) -> float:
+        """Of the entries read."""
+        ...
+
+    @property
+    def largest(self) -> Tensor:
+        """Indices of the largest entries read."""
+        ...
+
+    def read(self, index: Tensor, *, use: bool = True) -> Tensor:
+        """Values, in double precision."""
+        ...
+
+    def used(self, index: Tensor) -> Tensor:
+        """Which rows were read, and not only to be held out."""
+        ...
 
 
 class Reader:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows, more_rows
-from cross_approx.reader import LimitReached, Reader, check_limits, open_source
+from cross_approx.reader import Entries, LimitReached, Reader, check_limits, open_source
 from cross_approx.result import CrossResult, Sweep
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
@@ -144,7 +144,7 @@ class _Search:
     """The state between sweeps. Sets are kept in the order of the sweep: backward ones see the modes reversed."""
 
     def __init__(
-        self, reader: Reader, monitor: HeldOut, tol: float, caps: list[int], generator: torch.Generator | None
+        self, reader: Entries, monitor: HeldOut, tol: float, caps: list[int], generator: torch.Generator | None
     ) -> None:
         self.reader, self.monitor, self.generator = reader, monitor, generator
         self.order = len(reader.sizes)

@@ -127,7 +127,7 @@ def ttm_cross(
     reader = Reader("ttm_cross", matrix, max_evals, max_bytes, max_seconds)
     folded = FoldedReader(reader, modes, unfold, fold, "zero")
     monitor = RealEntries(folded, max(2, held_out // 5), generator)
-    search = _Search(cast(Reader, folded), monitor, float(tol), caps, generator)
+    search = _Search(folded, monitor, float(tol), caps, generator)
     first = points if isinstance(points, int) else fold(points)
     result = run_search(search, first, held_out, max_sweeps, progress)
     cores = cast(TT, result.network).cores

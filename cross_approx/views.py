@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cross_approx.digits import Quantization
 from cross_approx.packing import Packing
 from cross_approx.source import Source, as_source
 from decompositions.formats.modes import check_axes
@@ -339,6 +340,40 @@ def pad_axes(source: Any, shape: Sequence[int], fill: Fill = "zero") -> View:
     if fill not in ("edge", "zero"):
         raise ValueError(f"pad_axes: fill must be 'edge' or 'zero', got {fill!r}")
     return _Padded(base, tuple(shape), fill)
+
+
+def split_digits(source: Any, quantization: Quantization) -> View:
+    """`y[digits] = x[index]`: the axes as the digits of a quantization, the last value of a padded axis repeated.
+
+    What `Quantization.split` does to a tensor, for a source: its QTT by any algorithm that takes one.
+
+    Args:
+        source: a source, or what `as_source` takes.
+        quantization: of its shape.
+
+    Returns:
+        A view of the shape `quantization.sizes`.
+
+    Raises:
+        ValueError: a quantization of another shape.
+
+    Example:
+        >>> import torch
+        >>> q = Quantization.of((17, 4))
+        >>> view = split_digits(torch.arange(68.0).reshape(17, 4), q)
+        >>> view.shape, view.entries(q.digits(torch.tensor([[16, 3]])))
+        ((3, 3, 2, 2, 2), tensor([67.]))
+    """
+    base = as_source(source)
+    if base.shape != quantization.shape:
+        raise ValueError(f"split_digits: expected a quantization of {base.shape}, got one of {quantization.shape}")
+    digits = [[k for k, (a, _) in enumerate(quantization.modes) if a == axis] for axis in range(len(base.shape))]
+    view = pad_axes(base, quantization.padded, "edge")
+    for axis in reversed(range(len(digits))):
+        view = split_axis(view, axis, [quantization.modes[k][1] for k in digits[axis]] or [1])
+    numbers = [k for number in digits for k in (number or [-1])]  # an axis of size 1 without digits joins the first
+    view = permute_axes(view, sorted(range(len(numbers)), key=lambda place: numbers[place]))
+    return merge_axes(view, 0, numbers.count(-1)) if -1 in numbers else view
 
 
 def _progression(values: np.ndarray) -> range | None:

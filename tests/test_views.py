@@ -8,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cross_approx import ChunkedSource, as_source, merge_axes, pad_axes, permute_axes, split_axis
+from cross_approx import (
+    ChunkedSource,
+    Quantization,
+    as_source,
+    merge_axes,
+    pad_axes,
+    permute_axes,
+    split_axis,
+    split_digits,
+)
 from cross_approx.chunked import regular
 
 F64 = torch.float64
@@ -162,6 +171,22 @@ def test_gradients_flow(view):
     torch.testing.assert_close(y.grad, z.grad)
 
 
+@pytest.mark.parametrize("shape", [(17, 12), (1, 23, 1, 4), (1,), (1, 1), (5, 1), (29,)])
+@pytest.mark.parametrize("order", ["C", "F", "interleaved"])
+def test_split_digits_is_the_split_tensor(shape, order, rng):
+    q = Quantization.of(shape, order)
+    x = torch.randn(shape, dtype=F64, generator=rng)
+    seen = Seen(x)
+    view = split_digits(as_source(seen, shape=shape, dtype=F64), q)
+    assert view.shape == q.sizes
+    assert torch.equal(view.slab((slice(None),) * len(q.sizes)), q.split(x))
+    assert len(seen.asked) == view.evaluations
+    index = torch.stack([torch.randint(n, (40,), generator=rng) for n in shape], 1)
+    assert torch.equal(view.entries(q.digits(index)), x[tuple(index.unbind(1))])
+    every = torch.stack([torch.randint(n, (40,), generator=rng) for n in q.sizes], 1)
+    assert torch.equal(view.fibers(every, 0)[range(40), every[:, 0]], q.split(x)[tuple(every.unbind(1))])
+
+
 def test_chunks_of_permuted_and_padded_axes_are_those_of_the_base():
     base = Grid(X.numpy(), (3, 2, 4))
     assert permute_axes(base, (2, 0, 1)).chunks == (4, 3, 2)
@@ -197,6 +222,8 @@ def test_refusals(unchecked):
         pad_axes(X, (4, 5, 5))
     with pytest.raises(ValueError, match="'edge' or 'zero', got 'wrap'"):
         pad_axes(X, (4, 6, 6), "wrap")
+    with pytest.raises(ValueError, match=r"quantization of \(4, 6, 5\), got one of \(4, 6\)"):
+        split_digits(X, Quantization.of((4, 6)))
     view = split_axis(X, 1, (3, 2))
     with pytest.raises(ValueError, match=r"indices of axis 1 must be in 0\.\.2"):
         view.entries(torch.tensor([[0, 3, 0, 0]]))
