@@ -42,12 +42,6 @@ def open_source(name: str, source: Any, shape: Sequence[int] | None) -> Any:
     return opened
 
 
-def _sizes(name: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if not sizes or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
-        raise ValueError(f"{name}: expected mode sizes >= 1 and an order >= 1, got shape {sizes}")
-    return sizes
-
-
 def check_limits(name: str, **limits: int | float | None) -> None:
     """Refuse a limit that is not positive; None is no limit."""
     for what, limit in limits.items():
@@ -101,6 +95,12 @@ class Entries(Protocol):
     def used(self, index: Tensor) -> Tensor:
         """Which rows were read, and not only to be held out."""
         ...
+
+
+def _sizes(name: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
+        raise ValueError(f"{name}: expected mode sizes >= 1 and an order >= 1, got shape {sizes}")
+    return sizes
 
 
 class Reader:

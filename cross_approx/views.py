@@ -45,6 +45,12 @@ class View(Source):
         pass
 
     @property
+    def probed(self) -> Tensor | None:
+        """What a base that is a function showed of its entry (0, ..., 0), which is that of every view."""
+        probed: Tensor | None = getattr(self.base, "probed", None)
+        return probed
+
+    @property
     def evaluations(self) -> int:
         """Entries the base was asked for so far."""
         return int(self.base.evaluations)

@@ -320,7 +320,7 @@ def test_refusals(unchecked):
         qtt_cross(rough, shape=(4, 4), max_sweeps=0)
     with pytest.raises(ValueError, match=r"qtt_cross: start points .* integers below \(4, 4\)"):
         qtt_cross(rough, shape=(4, 4), start=torch.tensor([[0, 4]]))
-    with pytest.raises(ValueError, match=r"qtt_cross: .*nan at index \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"nan at index \(3, 3\)"):
         qtt_cross(lambda i: 0.0 / (6.0 - i.sum(1)), shape=(4, 4))
     with pytest.raises(ValueError, match=r"1 <= shape\[1\] <= 2, got 3"):
         Quantization((4, 3), ((0, 4), (1, 2)))
