@@ -2,6 +2,8 @@
 
 from cross_approx.chunked import ChunkedSource as ChunkedSource
 from cross_approx.chunked import ChunkError as ChunkError
+from cross_approx.gram import tt_gram as tt_gram
+from cross_approx.gram import tucker_gram as tucker_gram
 from cross_approx.maxvol import maxvol as maxvol
 from cross_approx.maxvol import rect_maxvol as rect_maxvol
 from cross_approx.out_of_core import DaskSource as DaskSource
@@ -10,8 +12,13 @@ from cross_approx.out_of_core import Hdf5Source as Hdf5Source
 from cross_approx.out_of_core import SafetensorsSource as SafetensorsSource
 from cross_approx.out_of_core import XarraySource as XarraySource
 from cross_approx.out_of_core import ZarrSource as ZarrSource
+from cross_approx.passes import PassError as PassError
+from cross_approx.passes import PassState as PassState
+from cross_approx.passes import read_boxes as read_boxes
 from cross_approx.result import CrossResult as CrossResult
 from cross_approx.skeleton import skeleton as skeleton
+from cross_approx.sketch import tt_sketch as tt_sketch
+from cross_approx.sketch import tucker_sketch as tucker_sketch
 from cross_approx.source import Source as Source
 from cross_approx.source import as_source as as_source
 from cross_approx.tt import tt_cross as tt_cross

@@ -162,9 +162,7 @@ def tt_gram(
     return _Task(passes, Chain(sizes, caps), tol, memory_bytes, caps).run()
 
 
-def _check(
-    name: str, tol: float | None, rank: Any, possible: list[int], memory_bytes: int, bond: str
-) -> list[int]:
+def _check(name: str, tol: float | None, rank: Any, possible: list[int], memory_bytes: int, bond: str) -> list[int]:
     check_tol(name, tol)
     if tol is None and rank is None:
         raise ValueError(f"{name}: expected tol, rank or both, got neither; pass tol=1e-3")
@@ -188,7 +186,9 @@ class _Task:
         held, total, lost = self.gather()
         budget = None if self.aim is None else max(0.0, self.aim**2 * total - lost)
         square = squared_norm(held)
-        inner = self.frame.inside(self.passes.name, held, None if budget is None else sqrt(budget / square) if square else 0.0)
+        inner = self.frame.inside(
+            self.passes.name, held, None if budget is None else sqrt(budget / square) if square else 0.0
+        )
         net = self.frame.whole(inner)
         net = net.replace([core.to(self.passes.source.dtype).contiguous() for core in net.cores])
         if not all(bool(torch.isfinite(core).all()) for core in net.cores):
@@ -196,7 +196,9 @@ class _Task:
                 f"{self.passes.name}: the cores do not fit {net.dtype}, got a tensor of norm {sqrt(total):.3g}; scale it"
             )
         square = lost + _distance(inner, held)
-        exact = not self.frame.covered() and self.work == self.passes.source.dtype  # nothing cancels, nothing is rounded
+        exact = (
+            not self.frame.covered() and self.work == self.passes.source.dtype
+        )  # nothing cancels, nothing is rounded
         if exact:
             error = sqrt(square / total) if total > 0 else 0.0
         else:
@@ -239,7 +241,9 @@ class _Task:
         single = self.work in (torch.float32, torch.complex64) and not small and not started
         single = single and torch.get_float32_matmul_precision() == "highest"
         squares, vectors, total = self.spectrum(mode, single, safe)
-        if single and not _trusted(squares, cap, None if self.aim is None else self.aim**2 * total / self.frame.cuts_left()):
+        if single and not _trusted(
+            squares, cap, None if self.aim is None else self.aim**2 * total / self.frame.cuts_left()
+        ):
             squares, vectors, total = self.spectrum(mode, False, safe)
         rank = min(cap, len(squares))
         if self.aim is not None:
