@@ -192,9 +192,7 @@ class _Task:
         net = self.frame.whole(inner)
         net = net.replace([core.to(self.passes.source.dtype).contiguous() for core in net.cores])
         if not all(bool(torch.isfinite(core).all()) for core in net.cores):
-            raise ValueError(
-                f"{self.passes.name}: the cores do not fit {net.dtype}, got a tensor of norm {sqrt(total):.3g}; scale it"
-            )
+            raise ValueError(f"{self.passes.name}: the cores do not fit {net.dtype}, norm {sqrt(total):.3g}; scale it")
         square = lost + _distance(inner, held)
         exact = (
             not self.frame.covered() and self.work == self.passes.source.dtype

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod, sqrt
 from typing import Any
 
@@ -137,8 +138,8 @@ def box_grid(source: Source, box_bytes: int = BOX_BYTES, inner: Sequence[int] = 
         others = prod(longest[j] for j in range(len(edges)) if j != k)
         count = max(1, min(len(edges[k]) - 1, room // max(1, others * longest[k])))
         cuts = [*edges[k][:-1:count].tolist(), int(edges[k][-1])]
-        axes[k] = tuple(slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
-        longest[k] = max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+        axes[k] = tuple(slice(a, b) for a, b in pairwise(cuts))
+        longest[k] = max(b - a for a, b in pairwise(cuts))
     return BoxGrid(tuple(axes), inner)
 
 

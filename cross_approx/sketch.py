@@ -104,8 +104,7 @@ def tucker_sketch(
     width = max(widths)
     omega = [task.gaussian(n, width) for n in sizes]
     heights = [min(2 * k + 1, n) for k, n in zip(widths, sizes, strict=True)]
-    phi = [None if p == n else task.gaussian(n, p) / sqrt(p) for p, n in zip(heights, sizes, strict=True)]
-    phi = [torch.eye(n, dtype=task.work) if f is None else f for f, n in zip(phi, sizes, strict=True)]
+    phi = [task.eye(n) if p == n else task.gaussian(n, p) / sqrt(p) for p, n in zip(heights, sizes, strict=True)]
 
     def begin(sums: Sums) -> None:
         for k, n in enumerate(sizes):
@@ -141,7 +140,7 @@ def tucker_sketch(
         core, total = sums["core"], float(sums["total"])
         for k, q in enumerate(bases):
             core = contract(core, torch.linalg.pinv(phi[k].to(task.double).mT @ q).mH, k)
-    caps = task.possible(caps, core.shape)
+    caps = possible(caps, core, range(d))
     inner, lost = task.truncated(core, total, lambda tol: st_hosvd(core, caps, tol), lambda net: core - to_dense(net))
     factors = [q @ u for q, u in zip(bases, inner.factors, strict=True)]
     return task.finish(Tucker(inner.core, factors), sums, total, lost, caps)
@@ -241,7 +240,7 @@ def tt_sketch(
         core = torch.tensordot(inverse, sums[f"core {k}"], dims=1)
         cores.append(core[..., : widths[k]] if k < d - 1 else core)
     train, total = TT(cores), float(sums["total"])
-    caps = task.possible(caps, train.ranks)
+    caps = [min(pair) for pair in zip(caps, train.ranks, strict=True)]
     if passes == 1 or d == 1:
         return task.finish(round_network(train, caps) if caps else train, sums, total, 0.0, caps)
     # cuts beside the middle core stay within the spaces projected on, others would not: those are made before
@@ -253,7 +252,8 @@ def tt_sketch(
     frame.left = [core if k else core.unsqueeze(0) for k, core in enumerate(cores[:middle])]
     frame.right = [core if k else core.unsqueeze(-1) for k, core in enumerate(reversed(cores[middle + 1 :]))]
     held, total = task.project(frame)
-    axes, ranks = (0, 2)[: len(near)], task.possible([caps[k] for k in near], [cores[middle].shape[0], held.shape[-1]])
+    axes = (0, held.ndim - 1)[: len(near)]
+    ranks = possible([caps[k] for k in near], held, axes)
     inner, lost = task.truncated(
         held, total, lambda tol: st_hosvd(held, ranks, tol, modes=axes), lambda net: held - to_dense(net)
     )
@@ -289,6 +289,16 @@ def _leading(x: Tensor, matrices: Sequence[Tensor], width: int) -> Tensor:
     z = torch.tensordot(matrices[longest], x, dims=([0], [longest]))
     others = [m for j, m in enumerate(matrices) if j != longest]
     return khatri_rao(z, [*others, *[None] * (x.ndim - len(matrices))])
+
+
+def possible(caps: Sequence[int], core: Inexact[Tensor, "..."], axes: Sequence[int]) -> list[int]:
+    """Caps that unfoldings of a tensor can have.
+
+    Example:
+        >>> possible([3, 3], torch.zeros(5, 2), (0, 1))
+        [2, 2]
+    """
+    return [min(cap, core.shape[k], core.numel() // core.shape[k]) for cap, k in zip(caps, axes, strict=True)]
 
 
 def functionals(net: Network, vectors: Sequence[Inexact[Tensor, "n z"]] | Sequence[Tensor]) -> Inexact[Tensor, "z"]:
@@ -354,6 +364,10 @@ class _Sketch:
         """Random matrix; single and double precision see the same numbers."""
         return torch.randn(n, columns, generator=self.random, dtype=torch.float64).to(self.device, self.work)
 
+    def eye(self, n: int) -> Tensor:
+        """The identity: of a mode that a sketch would not shorten."""
+        return torch.eye(n, dtype=self.work, device=self.device)
+
     def zeros(self, *shape: int) -> Tensor:
         """Sums are in double precision."""
         return torch.zeros(shape, dtype=self.double, device=self.device)
@@ -399,10 +413,6 @@ class _Sketch:
 
         sums = self.passes.sweep("projection", frame.covered(), start, add)
         return sums["held"], float(sums["total"])
-
-    def possible(self, caps: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """Caps that a smaller tensor or train can have."""
-        return [min(pair) for pair in zip(caps, sizes, strict=True)]
 
     def truncated(self, core: Tensor, total: float, cut: Any, difference: Any) -> tuple[Any, float]:
         """`cut(None)`, to the caps, or to smaller ranks that meet the tolerance; and `‖A - Â‖^2` after two passes.
