@@ -219,10 +219,10 @@ class _Task:
         needs = []
         for mode, cap in self.frame.choices():
             grid = self.passes.grid((*self.frame.covered(), mode))
-            row = prod(n if k in (None, mode) else grid.extent(k) for k, n in self.frame.axes())
             first, last = self.frame.rows(mode)
             side = prod(size for _, size in self.frame.axes()[first : last + 1])
-            needs.append(max(side**2, row) * self.double.itemsize)
+            row = prod(n if k in (None, mode) else grid.extent(k) for k, n in self.frame.axes())
+            needs.append(max(side**2, row if grid.group > 1 else 0) * self.double.itemsize)
             if needs[-1] <= self.memory_bytes:
                 return mode, cap
         least = min([*needs, prod(size for _, size in self.frame.axes()) * self.work.itemsize])

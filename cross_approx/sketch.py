@@ -125,7 +125,7 @@ def tucker_sketch(
         if passes == 1:
             inner = z[width : width + heights[-1]]
             for k in range(d - 1):
-                inner = contract(inner, phi[k][box[k]].conj(), k + 1)
+                inner = contract(inner, phi[k][box[k]], k + 1)
             sums["core"] += inner.movedim(0, -1)
             task.probe(sums, z[width + heights[-1] :], box)
 
@@ -273,8 +273,8 @@ def khatri_rao(z: Inexact[Tensor, "s ..."], matrices: Sequence[Tensor | None]) -
         [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
     """
     matrices = list(matrices)
-    while matrices and matrices[0] is not None:
-        rows = matrices.pop(0)
+    while matrices and (rows := matrices[0]) is not None:
+        matrices.pop(0)
         z = torch.bmm(rows.mT[:, None], z.flatten(2) if z.ndim > 2 else z[..., None])[:, 0].reshape(-1, *z.shape[2:])
     while matrices and (columns := matrices.pop()) is not None:
         z = torch.bmm(z.reshape(z.shape[0], -1, z.shape[-1]), columns.mT[..., None]).reshape(z.shape[:-1])
