@@ -177,6 +177,7 @@ class _Task:
     def __init__(self, passes: Passes, frame: Frame, tol: float | None, memory_bytes: int, caps: list[int]) -> None:
         self.passes, self.frame, self.tol, self.memory_bytes, self.caps = passes, frame, tol, memory_bytes, caps
         self.device, self.work, self.double = passes.source.device, passes.work, passes.double
+        self.discarded = 0.0
         self.aim = None if tol is None else usable_tol(float(tol), passes.source.dtype, len(caps))
 
     @full_precision
@@ -245,11 +246,16 @@ class _Task:
             squares, vectors, total = self.spectrum(mode, False, safe)
         rank = min(cap, len(squares))
         if self.aim is not None:
-            lost = total - float(squares.sum()) if started else 0.0
-            budget = max(0.0, self.aim**2 * total - max(0.0, lost)) / self.frame.cuts_left()
+            budget = max(0.0, self.aim**2 * total - self.lost(total, float(squares.sum()))) / self.frame.cuts_left()
             rank = truncation_rank(squares, budget, cap)
+        self.discarded += float(squares[rank:].sum())
         self.passes.note(float("inf"), rank)
         self.frame.add(mode, vectors[:, :rank].contiguous())
+
+    def lost(self, total: float, kept: float) -> float:
+        """What the projection lost: the difference of norms, or what the cuts dropped where that difference cancels."""
+        difference = total - kept if self.frame.covered() else 0.0
+        return difference if difference > 1e-12 * total else min(self.discarded, 1e-12 * total)
 
     def spectrum(self, mode: int, single: bool, safe: bool) -> tuple[Tensor, Tensor, float]:
         """Squared singular values and left singular vectors of the projected unfolding, and `‖A‖^2`, by a pass."""
@@ -325,7 +331,7 @@ class _Task:
         total, kept = float(sums["total"]), float(sums["kept"])
         if not 0 <= total < float("inf"):
             raise ValueError(f"{self.passes.name}: squares must fit double precision, got a sum of {total}; scale it")
-        return sums["held"], total, max(0.0, total - kept) if inner else 0.0
+        return sums["held"], total, self.lost(total, kept)
 
 
 def _gram(slices: Inexact[Tensor, "p m q"], single: bool) -> Inexact[Tensor, "m m"]:
