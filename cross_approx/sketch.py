@@ -121,7 +121,7 @@ def tucker_sketch(
         for k in range(d - 1):
             part = khatri_rao(z[:width], [m if j != k else None for j, m in enumerate(local[:-1])])
             sums[f"factor {k}"][box[k]] += part.mT
-        sums[f"factor {d - 1}"][box[-1]] += _leading(x, local[:-1], width).mT
+        sums[f"factor {d - 1}"][box[-1]] += _leading(x, local[:-1]).mT
         if passes == 1:
             inner = z[width : width + heights[-1]]
             for k in range(d - 1):
@@ -217,7 +217,7 @@ def tt_sketch(
 
     def step(sums: Sums, box: Box, x: Tensor) -> None:
         rows, columns = ([m[s] for m, s in zip(ms, box, strict=True)] for ms in (left, right))
-        sums[f"core {d - 1}"][..., box[-1]] += _leading(x, rows[:-1], height).reshape(-1, x.shape[-1]).squeeze(0)
+        sums[f"core {d - 1}"][..., box[-1]] += _leading(x, rows[:-1]).reshape(-1, x.shape[-1]).squeeze(0)
         last = torch.cat([columns[-1], task.signs[-1][box[-1]]], 1) if passes == 1 else columns[-1]
         z = (last.mT @ x.reshape(-1, x.shape[-1]).mT).reshape(-1, *x.shape[:-1])
         if passes == 1:
@@ -227,7 +227,7 @@ def tt_sketch(
             if k == 0:
                 sums["core 0"][box[0]] += z.mT
             else:
-                sums[f"core {k}"][:, box[k]] += _leading(z.movedim(0, -1), rows[:k], height)
+                sums[f"core {k}"][:, box[k]] += _leading(z.movedim(0, -1), rows[:k])
                 z = khatri_rao(z, [None] * k + [columns[k]])
 
     sums = task.first(begin, step, width + PROBES * (passes == 1), height)
@@ -281,8 +281,8 @@ def khatri_rao(z: Inexact[Tensor, "s ..."], matrices: Sequence[Tensor | None]) -
     return z
 
 
-def _leading(x: Tensor, matrices: Sequence[Tensor], width: int) -> Tensor:
-    """Contract the leading axes of x with the columns of the matrices: (width, the axes left)."""
+def _leading(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Contract the leading axes of x with the columns of the matrices: (columns, the axes left)."""
     if not matrices:
         return x[None]
     longest = max(range(len(matrices)), key=lambda j: x.shape[j])
