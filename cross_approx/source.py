@@ -208,6 +208,8 @@ class Source(ABC):
         """The values with masked ones marked; the first that is not finite is refused with its index."""
         if lost is not None:
             values = values.masked_fill(lost.to(values.device) != 0, self.packing.mark)
+        if bool(torch.isfinite(values.detach().sum())):  # one pass; a sum may overflow, so no other answer is final
+            return values
         bad = ~torch.isfinite(values.detach())
         if bad.any():
             at = torch.unravel_index(bad.flatten().int().argmax(), bad.shape)
