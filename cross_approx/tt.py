@@ -22,6 +22,9 @@ Progress = Callable[[int, int, str], None]
 KEPT = 2.0
 """How much larger the coefficient of another row has to be to displace a pivot of the sweep before."""
 
+PROBES = 6
+"""Rows, at least, in which a further column is compared with what the others say about it before it is read."""
+
 
 def tt_cross(
     source: Any,
@@ -156,6 +159,7 @@ class _Search:
         if not isinstance(start, Tensor):
             start = self.monitor.index[self.monitor.values.abs().argsort(descending=True)[:start]]
         self.ahead = [_distinct(start[:, k:]) for k in range(self.order + 1)]
+        self.sure = [len(ahead) for ahead in self.ahead]  # so many of them are read whatever the others look like
 
     def sweep(self) -> None:
         """One pass: cores, pivots behind, and the columns of the pass back."""
@@ -173,7 +177,7 @@ class _Search:
         behind = [torch.zeros(1, 0, dtype=torch.long)]
         columns, cores, full, capped, floors = [behind[0]], [], False, False, []
         for k in range(self.order - 1):
-            values = self._block(behind[k], sizes[k], self.ahead[k + 1])
+            values, passed_over = self._columns(behind[k], sizes[k], self.ahead[k + 1], self.sure[k + 1], scale)
             u, s, _ = safe_svd(values)
             tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
             size, least = float(tails[0]), self.cut * scale * sqrt(values.numel())
@@ -181,7 +185,7 @@ class _Search:
             r = min(shown, caps[k])
             floors.append(least <= noise * size)
             capped |= r < shown or (r == values.shape[1] == caps[k] < possible[k])
-            saturated = r == values.shape[1] and r < caps[k]
+            saturated = r == values.shape[1] and r < caps[k] and not passed_over
             full |= saturated
             choices = _grid(behind[k], sizes[k])
             weights = torch.ones(len(choices), 1, dtype=values.dtype)
@@ -197,7 +201,8 @@ class _Search:
             if r < caps[k]:
                 extra.append(choices[torch.randint(len(choices), (1,), generator=self.generator)])
                 extra.append(worst[:, : k + 1])
-            columns.append(_distinct(torch.cat([behind[-1], *extra])))
+            others = _distinct(torch.cat(extra))
+            columns.append(torch.cat([behind[-1], others[~_member(others, behind[-1])]]))
         last = self._block(behind[-1], sizes[-1], torch.zeros(1, 0, dtype=torch.long))
         cores.append(last.reshape(len(behind[-1]), sizes[-1], 1))
         if not self.forward:
@@ -210,6 +215,7 @@ class _Search:
         # the pass back sees the modes reversed: what was behind is ahead
         self.ahead = [columns[self.order - k].flip(1) if k else behind[0] for k in range(self.order)]
         self.ahead.append(behind[0])
+        self.sure = [len(behind[self.order - k]) if k else 1 for k in range(self.order)] + [1]
         self.forward = not self.forward
 
     def verdict(self, held_out: int) -> str | None:
@@ -286,10 +292,39 @@ class _Search:
     def _ranks(self) -> list[int]:
         return [core.shape[2] for core in self._last[:-1]]
 
+    def _columns(self, behind: Tensor, n: int, ahead: Tensor, sure: int, scale: float) -> tuple[Tensor, bool]:
+        """Entries at the first `sure` columns and at those others that these do not explain; whether one was left out.
+
+        What the others hold is looked at in a few rows only: the dominant ones, which say what it should be elsewhere,
+        and some where that is compared. A column left out for chance agreement is offered by later sweeps again.
+        """
+        values = self._block(behind, n, ahead[:sure])
+        if sure == len(ahead):
+            return values, False
+        u, s, _ = safe_svd(values)
+        noise = 4 * torch.finfo(self.reader.dtype).eps
+        floor = max(self.cut * scale, noise * float(s.norm()) / sqrt(values.numel()))
+        r = max(1, int((s > floor * sqrt(values.numel())).sum()))
+        rows, coefficients = dominant_rows(u[:, :r], 0.1)
+        choices = _grid(behind, n)
+        probes = max(PROBES, r // 2)
+        order = torch.randperm(len(choices), generator=self.generator)
+        order = order[~torch.isin(order, rows)]
+        large = torch.linalg.vector_norm(values[order], dim=1).argsort(descending=True)[: probes // 2]
+        probed = torch.cat([order[large], order[: probes - len(large)]]).unique()
+        found = self._block_at(choices[torch.cat([rows, probed])], ahead[sure:])
+        off = (found[len(rows) :] - coefficients[probed] @ found[: len(rows)]).abs()
+        new = (off > floor).any(0) if len(probed) else torch.zeros(found.shape[1], dtype=torch.bool)
+        if bool(new.any()):
+            values = torch.cat([values, self._block(behind, n, ahead[sure:][new])], 1)
+        return values, not bool(new.all())
+
     def _block(self, behind: Tensor, n: int, ahead: Tensor) -> Tensor:
         """Entries at behind x mode x ahead as a matrix (behind and mode, ahead)."""
+        return self._block_at(_grid(behind, n), ahead)
+
+    def _block_at(self, rows: Tensor, ahead: Tensor) -> Tensor:
         parts = []
-        rows = _grid(behind, n)
         for part in rows.split(max(1, (1 << 18) // len(ahead))):
             index = torch.cat([part.repeat_interleave(len(ahead), 0), ahead.repeat(len(part), 1)], 1)
             parts.append(self.reader.read(index if self.forward else index.flip(1)))
