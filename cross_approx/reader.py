@@ -1,7 +1,8 @@
 """Entries of a source, each asked for once, under limits of evaluations, bytes and time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from numbers import Integral
 from typing import Any
@@ -81,7 +82,8 @@ def open_source(name: str, source: Any, shape: Sequence[int] | None) -> Any:
 class Reader:
     """Reads entries in double precision, remembers them, counts what was asked for, and stops at a limit.
 
-    A batch that would pass `max_evals` is not begun; time and bytes are looked at before every batch.
+    A batch that would pass `max_evals` is not begun; time and bytes are looked at before every batch. Of `max_evals`
+    up to a quarter, `reserve` at most, is kept for reads within `whole_limit`.
     Cost: O(N log N) for N entries in all, 40 bytes of memory each.
     """
 
@@ -92,10 +94,12 @@ class Reader:
         max_evals: int | None = None,
         max_bytes: int | None = None,
         max_seconds: int | float | None = None,
+        reserve: int = 0,
     ) -> None:
         self.name, self.source = name, source
         self.sizes = tuple(int(n) for n in source.shape)
         self.max_evals, self.max_bytes, self.max_seconds = max_evals, max_bytes, max_seconds
+        self.reserved = 0 if max_evals is None else min(reserve, max_evals // 4)
         self.evaluations = 0
         self.sum_squares = 0.0
         self.largest = torch.zeros(0, len(self.sizes), dtype=torch.long)
@@ -107,6 +111,15 @@ class Reader:
         self._weights = torch.randint(-whole, whole, (len(self.sizes), 2), generator=generator) * 2 + 1
         if prod(self.sizes) < whole:  # an exact key; otherwise 128 bits of a linear hash
             self._weights[:, 0] = torch.tensor([prod(self.sizes[k + 1 :]) for k in range(len(self.sizes))])
+
+    @contextmanager
+    def whole_limit(self) -> Iterator[None]:
+        """Within, what is reserved of `max_evals` may be used as well."""
+        before, self.reserved = self.reserved, 0
+        try:
+            yield
+        finally:
+            self.reserved = before
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,7 +183,7 @@ class Reader:
         return found, used, values
 
     def _ask(self, index: Tensor, keys: Tensor, checks: Tensor, use: bool) -> None:
-        if self.max_evals is not None and self.evaluations + len(index) > self.max_evals:
+        if self.max_evals is not None and self.evaluations + len(index) > self.max_evals - self.reserved:
             raise LimitReached(f"max_evals = {self.max_evals}")
         parts = []
         for part in index.split(BATCH):

@@ -1,6 +1,7 @@
 """Tensor trains from few entries."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import inf, sqrt
 from numbers import Integral
 from typing import Any
@@ -102,7 +103,7 @@ def tt_cross(
     sizes = tuple(int(n) for n in opened.shape)
     caps = check_ranks("tt_cross", rank, chain_ranks(sizes))
     points = _check_start(start, sizes)
-    reader = Reader("tt_cross", opened, max_evals, max_bytes, max_seconds)
+    reader = Reader("tt_cross", opened, max_evals, max_bytes, max_seconds, reserve=held_out)
     monitor = HeldOut(reader, max(2, held_out // 5), generator)
     search = _Search(reader, monitor, float(tol), caps, generator)
     reason = f"max_sweeps = {max_sweeps}"
@@ -120,6 +121,8 @@ def tt_cross(
                 break
     except LimitReached as limit:
         reason = str(limit)
+    if not search.converged:
+        search.check(held_out)
     return search.result(reason)
 
 
@@ -157,7 +160,11 @@ class _Search:
         """Columns of the first sweep: the trailing indices of the start points."""
         self.monitor.refresh()
         if not isinstance(start, Tensor):
-            start = self.monitor.index[self.monitor.values.abs().argsort(descending=True)[:start]]
+            # those near large values first: the uniform half stays a uniform sample
+            sizes = self.monitor.values.abs()
+            order = sizes.argsort(descending=True)
+            order = order[(~self.monitor.near[order]).to(torch.uint8).argsort(stable=True)]
+            start = self.monitor.index[order[:start]]
         self.ahead = [_distinct(start[:, k:]) for k in range(self.order + 1)]
         self.sure = [len(ahead) for ahead in self.ahead]  # so many of them are read whatever the others look like
 
@@ -222,17 +229,19 @@ class _Search:
         """Why to stop, or None."""
         errors = [line.error for line in self.history]
         if errors[-1] <= self.tol:
-            fresh = HeldOut(self.reader, held_out, self.generator)
-            fresh.refresh()
-            cores = self._last
-            error = fresh.relative(fresh.errors(cores))
-            if error <= self.tol:
-                self.converged = True
-                self.best = (error, len(fresh.index), cores, self._last_pivots)
-                return "the held-out error meets tol"
+            # no entry of the monitor has guided the search before the second sweep: it is a fresh sample till then
+            clean = len(self.history) == 1 and not self.monitor.exhausted
+            fresh = HeldOut(self.reader, max(2, held_out - clean * len(self.monitor.index)), self.generator)
+            with self.reader.whole_limit():
+                fresh.refresh()
             self.monitor.join(fresh)
+            sample = self.monitor if clean else fresh
+            error = sample.relative(sample.errors(self._last))
+            self.best = (error, len(sample.index), self._last, self._last_pivots)
+            self.converged = error <= self.tol
+            if self.converged:
+                return "the held-out error meets tol"
             self.history[-1] = self.history[-1]._replace(error=error)
-            self.best = (error, len(fresh.index), cores, self._last_pivots)
             errors[-1] = error
         eps = torch.finfo(self.reader.dtype).eps
         stuck = len(errors) > 3 and min(errors[-3:]) > 0.7 * min(errors[:-3])
@@ -245,6 +254,17 @@ class _Search:
         if not (self.full or self.capped):
             self.cut /= 4  # nothing is left above the cut, and the error is: singular values below it matter
         return None
+
+    def check(self, held_out: int) -> None:
+        """Replace the error of the best train, least among several on the monitor, by that on a fresh sample."""
+        if self.best is None:
+            return
+        fresh = HeldOut(self.reader, held_out, self.generator)
+        with self.reader.whole_limit(), suppress(LimitReached):
+            fresh.refresh()
+        if len(fresh.index) > self.best[1]:
+            cores = self.best[2]
+            self.best = (fresh.relative(fresh.errors(cores)), len(fresh.index), cores, self.best[3])
 
     def result(self, reason: str) -> CrossResult:
         """The best train so far."""
