@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
+from math import hypot, inf, prod
 from numbers import Integral
 from typing import Any
 
@@ -18,6 +18,14 @@ BATCH = 1 << 17
 
 LARGEST = 64
 """How many of the largest entries are remembered."""
+
+
+def norm(values: Inexact[Tensor, "..."]) -> float:
+    """`‖values‖_2` whatever their scale: squares of 1e200 overflow, those of 1e-200 vanish."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if not 0 < largest < inf:
+        return largest
+    return largest * float(torch.linalg.vector_norm(values / largest))
 
 
 class LimitReached(Exception):
@@ -101,10 +109,11 @@ class Reader:
         self.max_evals, self.max_bytes, self.max_seconds = max_evals, max_bytes, max_seconds
         self.reserved = 0 if max_evals is None else min(reserve, max_evals // 4)
         self.evaluations = 0
-        self.sum_squares = 0.0
+        self.norm = 0.0  # of all values read; their squares may overflow or vanish
         self.largest = torch.zeros(0, len(self.sizes), dtype=torch.long)
         self._largest_sizes = torch.zeros(0, dtype=torch.float64)
         self._runs: list[tuple[Tensor, ...]] = []  # sorted keys, second keys, values, whether used; lengths fall
+        self._raw_dtype: torch.dtype | None = None
         self._start, self._bytes_before = time.monotonic(), getattr(source, "bytes_read", 0)
         generator = torch.Generator().manual_seed(0)
         whole = 2**62
@@ -193,6 +202,12 @@ class Reader:
                 raise LimitReached(f"max_bytes = {self.max_bytes}")
             self.evaluations += len(part)
             raw = self.source.entries(part.to(self.source.device)).detach().cpu()
+            self._raw_dtype = self._raw_dtype or raw.dtype
+            if raw.dtype != self._raw_dtype:
+                raise TypeError(
+                    f"{self.name}: a source gives values of one dtype, expected {self._raw_dtype} as in its first "
+                    f"batch, got {raw.dtype}"
+                )
             double = torch.promote_types(raw.dtype, torch.float64)
             values = raw.to(double)
             bad = (~torch.isfinite(values)).nonzero()[:, 0]
@@ -206,7 +221,7 @@ class Reader:
         values = torch.cat(parts)
         check_finite(self.name, values)
         magnitudes = values.abs()
-        self.sum_squares += float(magnitudes.square().sum())
+        self.norm = hypot(self.norm, norm(magnitudes))
         sizes = torch.cat([self._largest_sizes, magnitudes])
         top = sizes.topk(min(LARGEST, len(sizes)))
         self.largest = torch.cat([self.largest, index])[top.indices]

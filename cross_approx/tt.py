@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows, more_rows
-from cross_approx.reader import LimitReached, Reader, open_source
+from cross_approx.reader import LimitReached, Reader, norm, open_source
 from cross_approx.result import CrossResult, Sweep
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
@@ -177,7 +177,7 @@ class _Search:
             for cap, most in zip(self.caps, chain_ranks(self.reader.sizes), strict=True)
         ]
         caps = caps if self.forward else caps[::-1]
-        scale = sqrt(self.monitor.mean_square())
+        scale = self.monitor.root_mean_square()
         noise = 4 * torch.finfo(self.reader.dtype).eps
         kept = self.pivots.get(self.forward)
         worst = self._worst()
@@ -186,7 +186,8 @@ class _Search:
         for k in range(self.order - 1):
             values, passed_over = self._columns(behind[k], sizes[k], self.ahead[k + 1], self.sure[k + 1], scale)
             u, s, _ = safe_svd(values)
-            tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
+            first = float(s[0]) or 1.0
+            tails = first * (s / first).square().flip(0).cumsum(0).flip(0).sqrt()
             size, least = float(tails[0]), self.cut * scale * sqrt(values.numel())
             shown = max(1, int((tails > max(least, noise * size)).sum()))
             r = min(shown, caps[k])
@@ -247,7 +248,7 @@ class _Search:
         stuck = len(errors) > 3 and min(errors[-3:]) > 0.7 * min(errors[:-3])
         if stuck and self.capped and not self.full:
             return "the rank cap binds"
-        if stuck and (self.at_floor or min(errors) <= 1e3 * eps):
+        if stuck and min(errors) <= (sqrt(eps) if self.at_floor else min(1e3 * eps, 0.1 * sqrt(eps))):
             return f"the noise floor of {self.reader.dtype}: more sweeps do not lower the error"
         if len(errors) > 12 and min(errors[-12:]) > 0.9 * min(errors[:-12]):
             return "stalled: twelve sweeps did not lower the error"
@@ -262,7 +263,7 @@ class _Search:
         fresh = HeldOut(self.reader, held_out, self.generator)
         with self.reader.whole_limit(), suppress(LimitReached):
             fresh.refresh()
-        if len(fresh.index) > self.best[1]:
+        if len(fresh.index) >= min(held_out, self.best[1]):
             cores = self.best[2]
             self.best = (fresh.relative(fresh.errors(cores)), len(fresh.index), cores, self.best[3])
 
@@ -323,14 +324,14 @@ class _Search:
             return values, False
         u, s, _ = safe_svd(values)
         noise = 4 * torch.finfo(self.reader.dtype).eps
-        floor = max(self.cut * scale, noise * float(s.norm()) / sqrt(values.numel()))
+        floor = max(self.cut * scale, noise * norm(s) / sqrt(values.numel()))
         r = max(1, int((s > floor * sqrt(values.numel())).sum()))
         rows, coefficients = dominant_rows(u[:, :r], 0.1)
         choices = _grid(behind, n)
         probes = max(PROBES, r // 2)
         order = torch.randperm(len(choices), generator=self.generator)
         order = order[~torch.isin(order, rows)]
-        large = torch.linalg.vector_norm(values[order], dim=1).argsort(descending=True)[: probes // 2]
+        large = values[order].abs().amax(1).argsort(descending=True)[: probes // 2]
         probed = torch.cat([order[large], order[: probes - len(large)]]).unique()
         found = self._block_at(choices[torch.cat([rows, probed])], ahead[sure:])
         off = (found[len(rows) :] - coefficients[probed] @ found[: len(rows)]).abs()
