@@ -253,9 +253,7 @@ def looked_at(case: Case) -> list[Tensor]:
         top = pool[value.topk(500).indices]
         near = top.repeat(4, 1)
         mode = torch.randint(len(sizes), (len(near),), generator=rng)
-        near[torch.arange(len(near)), mode] = (
-            torch.rand(len(near), dtype=F64, generator=rng) * sizes[mode]
-        ).long()
+        near[torch.arange(len(near)), mode] = (torch.rand(len(near), dtype=F64, generator=rng) * sizes[mode]).long()
         pool = torch.cat([top, near]).unique(dim=0)
     known = torch.tensor(case.places, dtype=torch.long).reshape(-1, len(sizes))
     pool = torch.cat([pool, known])

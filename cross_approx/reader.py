@@ -121,6 +121,11 @@ class Reader:
         if prod(self.sizes) < whole:  # an exact key; otherwise 128 bits of a linear hash
             self._weights[:, 0] = torch.tensor([prod(self.sizes[k + 1 :]) for k in range(len(self.sizes))])
 
+    @property
+    def left(self) -> int:
+        """Evaluations that `max_evals` leaves, reserved ones included."""
+        return 2**62 if self.max_evals is None else self.max_evals - self.evaluations
+
     @contextmanager
     def whole_limit(self) -> Iterator[None]:
         """Within, what is reserved of `max_evals` may be used as well."""
@@ -191,17 +196,28 @@ class Reader:
             found |= here
         return found, used, values
 
+    def _batch(self) -> int:
+        """Entries to ask for in one call: under a limit of time, half of what the rate so far leaves time for."""
+        if self.max_seconds is None:
+            return BATCH
+        spent = time.monotonic() - self._start
+        fits = self.evaluations / max(spent, 1e-9) * (self.max_seconds - spent) / 2
+        return int(min(BATCH, max(16, fits)))
+
     def _ask(self, index: Tensor, keys: Tensor, checks: Tensor, use: bool) -> None:
         if self.max_evals is not None and self.evaluations + len(index) > self.max_evals - self.reserved:
             raise LimitReached(f"max_evals = {self.max_evals}")
         parts = []
-        for part in index.split(BATCH):
+        begin = 0
+        while begin < len(index):
+            part = index[begin : begin + self._batch()]
+            begin += len(part)
             if self.max_seconds is not None and time.monotonic() - self._start >= self.max_seconds:
                 raise LimitReached(f"max_seconds = {self.max_seconds}")
             if self.max_bytes is not None and self.bytes_read >= self.max_bytes:
                 raise LimitReached(f"max_bytes = {self.max_bytes}")
             self.evaluations += len(part)
-            raw = self.source.entries(part.to(self.source.device)).detach().cpu()
+            raw = self.source.entries(part.clone().to(self.source.device)).detach().cpu()  # it may write into its own
             self._raw_dtype = self._raw_dtype or raw.dtype
             if raw.dtype != self._raw_dtype:
                 raise TypeError(

@@ -53,10 +53,16 @@ def tt_cross(
     pivots (4 more at least) are used and the train is rounded to it, which comes close to the best train of that rank
     (and interpolates no longer).
 
+    A column beyond the nested ones is compared in a few rows with what those say about it, and read whole only where
+    it differs.
+
     What is promised: no entry is asked for twice and `max_evals` is never exceeded; `converged` only if the relative
-    error on a fresh sample of `held_out` entries, none of which the cores were made from, is at most tol. Half of these
-    are uniform: with k = held_out / 2, a region that holds the fraction 3 / k of the entries is missed with probability
-    5 %. The others are near the largest values read. A peak that no entry read shows is not found by any such method.
+    error on a sample of `held_out` entries, which neither made the cores nor guided the search, is at most tol. Half of
+    these are uniform: with k = held_out / 2, a region that holds the fraction 3 / k of the entries is missed with
+    probability 5 %. The others are near the largest values read. A peak that no entry read shows is not found by any
+    such method. An end without convergence states the error on such a sample too: up to a quarter of `max_evals` is
+    kept for it; where time or bytes are used up the sample is the one that guided the search, as `held_out` of the
+    result shows.
     Cost: about `2 d n r^2` evaluations in all, O(d n r^3) operations a sweep.
 
     Args:
@@ -67,7 +73,7 @@ def tt_cross(
         rank: cap for every bond, or an entry for each.
         max_evals: entries asked for at most, held-out ones included.
         max_bytes: stop once so many bytes were read (looked at between batches).
-        max_seconds: stop after so many seconds (looked at between batches).
+        max_seconds: stop after so many seconds (looked at between batches, which are made small enough for it).
         max_sweeps: sweeps at most, a sweep being one pass in one direction.
         start: number of start points, chosen among uniform samples by size, or the points themselves.
         held_out: entries of the last check; a fifth of it guides the sweeps.
@@ -82,7 +88,7 @@ def tt_cross(
     Raises:
         ValueError: a NaN or infinite entry (with its index), a shape that does not fit, limits below 1, an impossible
             rank, a start point outside.
-        TypeError: not a source.
+        TypeError: not a source, a count that is no integer, values of another dtype than before.
 
     References:
         I. Oseledets, E. Tyrtyshnikov, TT-cross approximation for multidimensional arrays, Linear Algebra Appl. 2010;
@@ -100,6 +106,8 @@ def tt_cross(
     for name, limit in {**limits, "held_out": held_out}.items():
         if limit is not None and not limit > 0:
             raise ValueError(f"tt_cross: {name} must be positive, got {limit}")
+        if limit is not None and name != "max_seconds" and (isinstance(limit, bool) or not isinstance(limit, Integral)):
+            raise TypeError(f"tt_cross: {name} is a count, expected an integer, got {limit!r}")
     sizes = tuple(int(n) for n in opened.shape)
     caps = check_ranks("tt_cross", rank, chain_ranks(sizes))
     points = _check_start(start, sizes)
@@ -178,7 +186,7 @@ class _Search:
         ]
         caps = caps if self.forward else caps[::-1]
         scale = self.monitor.root_mean_square()
-        noise = 4 * torch.finfo(self.reader.dtype).eps
+        noise = torch.finfo(self.reader.dtype).eps
         kept = self.pivots.get(self.forward)
         worst = self._worst()
         behind = [torch.zeros(1, 0, dtype=torch.long)]
@@ -232,16 +240,19 @@ class _Search:
         if errors[-1] <= self.tol:
             # no entry of the monitor has guided the search before the second sweep: it is a fresh sample till then
             clean = len(self.history) == 1 and not self.monitor.exhausted
-            fresh = HeldOut(self.reader, max(2, held_out - clean * len(self.monitor.index)), self.generator)
-            with self.reader.whole_limit():
-                fresh.refresh()
+            wanted = held_out - clean * len(self.monitor.index)
+            short = wanted > self.reader.left
+            fresh = self._fresh(wanted)
             self.monitor.join(fresh)
-            sample = self.monitor if clean else fresh
+            sample = self.monitor if clean and not fresh.exhausted else fresh
             error = sample.relative(sample.errors(self._last))
             self.best = (error, len(sample.index), self._last, self._last_pivots)
-            self.converged = error <= self.tol
-            if self.converged:
-                return "the held-out error meets tol"
+            if error <= self.tol:
+                if short and not fresh.exhausted:
+                    return f"max_evals = {self.reader.max_evals}: tol is met, on fewer held-out entries than asked for"
+                self.converged = True
+                unseen = "" if self.reader.norm > 0 else "; every entry read is zero"
+                return "the held-out error meets tol" + unseen
             self.history[-1] = self.history[-1]._replace(error=error)
             errors[-1] = error
         eps = torch.finfo(self.reader.dtype).eps
@@ -252,6 +263,12 @@ class _Search:
             return f"the noise floor of {self.reader.dtype}: more sweeps do not lower the error"
         if len(errors) > 12 and min(errors[-12:]) > 0.9 * min(errors[:-12]):
             return "stalled: twelve sweeps did not lower the error"
+        best = min(self.history, key=lambda line: line.error)
+        if len(self.history) - best.sweep >= 3 and self.history[-1].evaluations > 10 * max(best.evaluations, 10_000):
+            return (
+                f"stalled: ten times the {best.evaluations} evaluations of sweep {best.sweep} did not lower its error, "
+                f"{best.error:.1e}; noise or a jump of that size does this"
+            )
         if not (self.full or self.capped):
             self.cut /= 4  # nothing is left above the cut, and the error is: singular values below it matter
         return None
@@ -260,12 +277,18 @@ class _Search:
         """Replace the error of the best train, least among several on the monitor, by that on a fresh sample."""
         if self.best is None:
             return
-        fresh = HeldOut(self.reader, held_out, self.generator)
-        with self.reader.whole_limit(), suppress(LimitReached):
+        with suppress(LimitReached):
+            fresh = self._fresh(held_out)
+            if len(fresh.index) >= min(held_out, self.best[1]):
+                cores = self.best[2]
+                self.best = (fresh.relative(fresh.errors(cores)), len(fresh.index), cores, self.best[3])
+
+    def _fresh(self, count: int) -> HeldOut:
+        """A new sample of so many entries, or of what `max_evals` leaves."""
+        fresh = HeldOut(self.reader, max(2, min(count, self.reader.left)), self.generator)
+        with self.reader.whole_limit():
             fresh.refresh()
-        if len(fresh.index) >= min(held_out, self.best[1]):
-            cores = self.best[2]
-            self.best = (fresh.relative(fresh.errors(cores)), len(fresh.index), cores, self.best[3])
+        return fresh
 
     def result(self, reason: str) -> CrossResult:
         """The best train so far."""
@@ -323,7 +346,7 @@ class _Search:
         if sure == len(ahead):
             return values, False
         u, s, _ = safe_svd(values)
-        noise = 4 * torch.finfo(self.reader.dtype).eps
+        noise = torch.finfo(self.reader.dtype).eps
         floor = max(self.cut * scale, noise * norm(s) / sqrt(values.numel()))
         r = max(1, int((s > floor * sqrt(values.numel())).sum()))
         rows, coefficients = dominant_rows(u[:, :r], 0.1)

@@ -142,7 +142,9 @@ def test_max_evals_is_never_exceeded(limit, rng):
     assert result.network.shape == (16,) * 6
     if limit >= 3000:
         assert result.error < 0.5
-        assert result.error == min(line.error for line in result.history)
+        assert result.held_out >= min(1000, limit // 4) - 3  # a fresh sample, not the one that guided the search
+        least = min(line.error for line in result.history)
+        assert least / 2 < result.error < 2 * least
 
 
 def test_time_bytes_and_sweeps_end_it(rng):
