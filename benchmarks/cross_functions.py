@@ -17,12 +17,14 @@ import io
 import json
 import math
 import multiprocessing
+import statistics
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,6 +238,10 @@ METHODS: dict[str, dict[str, Callable[[Counted, Case, int], Found]]] = {
 }
 
 
+ONE_SEED = ("torchTT",)
+"""Never the best peer, and slow: one seed."""
+
+
 def looked_at(case: Case) -> list[Tensor]:
     """Uniform entries, and entries near the largest values."""
     rng = torch.Generator().manual_seed(12345)
@@ -320,7 +326,7 @@ def rows(names: Sequence[str], methods: Sequence[str], seeds: int, seconds: floa
     for name in names:
         for method in methods:
             for setting in METHODS[method]:
-                for seed in range(seeds):
+                for seed in range(1 if method in ONE_SEED else seeds):
                     row = one(method, setting, name, seed, seconds)
                     found.append(row)
                     print(
@@ -332,12 +338,94 @@ def rows(names: Sequence[str], methods: Sequence[str], seeds: int, seconds: floa
     return found
 
 
+def summary(found: Sequence[Row]) -> list[Row]:
+    """A line a function: ours, and the peer that meets tol in every seed with the fewest evaluations (median)."""
+    lines: list[Row] = []
+    for name in dict.fromkeys(row["function"] for row in found):
+        runs: dict[tuple[str, str], list[Row]] = {}
+        for row in found:
+            if row["function"] == name:
+                runs.setdefault((row["method"], row["setting"]), []).append(row)
+        own = runs.pop(("ours", ""))
+        meeting = {key: own_rows for key, own_rows in runs.items() if all(row["meets"] for row in own_rows)}
+        best = min(meeting, key=lambda key: statistics.median(row["evaluations"] for row in meeting[key]), default=None)
+        line: Row = {
+            "function": name,
+            "tol": own[0]["tol"],
+            "evaluations": statistics.median(row["evaluations"] for row in own),
+            "most": max(row["evaluations"] for row in own),
+            "error": max(row["error"] for row in own),
+            "rank": max(row.get("rank", 0) for row in own),
+            "seconds": statistics.median(row["seconds"] for row in own),
+            "claims": sum(bool(row["claim"]) for row in own),
+            "meets": all(row["meets"] for row in own),
+            "refused": all(row["refused"] for row in own),
+            "wrong claims of peers": sum(
+                bool(row["claim"]) and not row["meets"] for own_rows in runs.values() for row in own_rows
+            ),
+            "peer": None,
+        }
+        if best is not None:
+            line |= {
+                "peer": " ".join(best),
+                "peer evaluations": statistics.median(row["evaluations"] for row in meeting[best]),
+                "peer error": max(row["error"] for row in meeting[best]),
+                "peer seconds": statistics.median(row["seconds"] for row in meeting[best]),
+                "peer rank": max(row["rank"] for row in meeting[best]),
+            }
+        line["at most"] = line["meets"] and (best is None or line["evaluations"] <= line["peer evaluations"])
+        lines.append(line)
+    return lines
+
+
+def table(found: Sequence[Row]) -> str:
+    """The page's table and what it counts up to."""
+    cells, lines = [], summary(found)
+    for line in lines:
+        said = "refused, with its index" if line["refused"] else f"{line['error']:.0e}"
+        peer = ["none meets tol", "", "", ""]
+        if line["peer"] is not None:
+            peer = [
+                line["peer"],
+                f"{line['peer evaluations']:,.0f}",
+                f"{line['peer error']:.0e}",
+                f"{line['peer seconds']:.2f} s",
+            ]
+        d, n = len(CASES[line["function"]].shape), CASES[line["function"]].shape[0]
+        cells.append(
+            [
+                line["function"],
+                f"{n}^{d}",
+                f"{line['tol']:.0e}",
+                f"{line['evaluations']:,.0f}",
+                said,
+                line["rank"] or "",
+                f"{line['seconds']:.2f} s",
+                *peer,
+                "yes" if line["at most"] else ("" if line["refused"] else "no"),
+            ]
+        )
+    head = ["function", "grid", "tol", "evaluations", "error", "rank", "time", "best peer", "evaluations", "error",
+            "time", "at most the peer's"]  # fmt: skip
+    fewer = sum(line["at most"] for line in lines)
+    refused = sum(line["refused"] for line in lines)
+    wrong = [line["function"] for line in lines if line["claims"] and not line["meets"]]
+    return (
+        markdown(head, cells)
+        + f"\n\nAt most the evaluations of the best peer on {fewer} of {len(lines)} (reach 15), not counting {refused} "
+        f"refused by name. Claimed to have converged, and wrong: ours {', '.join(wrong) or 'nowhere'}; peers in "
+        f"{sum(line['wrong claims of peers'] for line in lines)} runs. Medians over seeds, worst errors. The best peer "
+        "is chosen after the fact among teneva (two settings, with cache), tntorch (two) and torchTT (two, one seed). "
+        "One cell of 32,768 is among the uniform half of 1,000 held-out entries with a chance of 2 %."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="parts of names, by commas")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -345,9 +433,9 @@ def main() -> None:
     names = [name for name in CASES if any(part in name.lower() for part in parts)]
     found = rows(names, arguments.methods.split(","), arguments.seeds, arguments.seconds)
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(found, file, indent=1)
-    _ = markdown
+        Path(arguments.json).write_text(json.dumps(found, indent=1))
+    if "ours" in arguments.methods:
+        print(table(found))
 
 
 if __name__ == "__main__":
