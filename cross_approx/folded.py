@@ -1,6 +1,7 @@
 """Reading a tensor folded to other modes: one memory of entries for all foldings, nothing beyond its bounds."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,14 +60,28 @@ class FoldedReader:
         return self.reader.bytes_read
 
     @property
-    def sum_squares(self) -> float:
+    def norm(self) -> float:
         """Of the entries read, each counted once."""
-        return self.reader.sum_squares
+        return self.reader.norm
 
     @property
     def largest(self) -> Tensor:
         """Indices of the largest entries read, in the modes of the tensor itself."""
         return self.reader.largest
+
+    @property
+    def max_evals(self) -> int | None:
+        """The limit of evaluations, of all foldings together."""
+        return self.reader.max_evals
+
+    @property
+    def left(self) -> int:
+        """Evaluations that `max_evals` leaves."""
+        return self.reader.left
+
+    def whole_limit(self) -> AbstractContextManager[None]:
+        """See `Reader.whole_limit`."""
+        return self.reader.whole_limit()
 
     def read(self, index: Int[Tensor, "B m"], *, use: bool = True) -> Inexact[Tensor, "B"]:
         """Values at folded indices; see `Reader.read`."""

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.reader import Entries
+from cross_approx.reader import Entries, norm
 
 ENUMERATE = 1 << 16
 """Tensors of at most so many entries are listed rather than sampled."""
@@ -76,11 +76,11 @@ class HeldOut:
         self.index, self.values = torch.cat([self.index, other.index]), torch.cat([self.values, other.values])
         self.near = torch.cat([self.near, other.near])
 
-    def mean_square(self) -> float:
-        """Estimate of the mean of |a|^2 over the whole tensor."""
-        uniform = self.values[~self.near].abs().square()
-        sampled = float(uniform.mean()) if len(uniform) else 0.0
-        return max(sampled, self.reader.sum_squares / min(self.numel, 10**300))
+    def root_mean_square(self) -> float:
+        """Estimate of the root of the mean of |a|^2 over the whole tensor."""
+        uniform = self.values[~self.near]
+        sampled = norm(uniform) / sqrt(len(uniform)) if len(uniform) else 0.0
+        return max(sampled, self.reader.norm / sqrt(min(self.numel, 10**300)))
 
     def errors(self, cores: list[Tensor]) -> Tensor:
         """Absolute errors on the sample."""
@@ -90,12 +90,13 @@ class HeldOut:
         """The larger of the relative errors of the two halves."""
         if not len(errors):
             return inf
-        worst, floor = 0.0, self.mean_square()
+        worst, floor = 0.0, self.root_mean_square()
         for half in (self.near, ~self.near):
-            if bool(half.any()):
-                error = float(errors[half].square().mean())
-                size = max(float(self.values[half].abs().square().mean()), floor)
-                worst = max(worst, sqrt(error / size) if size > 0 else (inf if error > 0 else 0.0))
+            count = int(half.sum())
+            if count:
+                error = norm(errors[half]) / sqrt(count)
+                size = max(norm(self.values[half]) / sqrt(count), floor)
+                worst = max(worst, error / size if size > 0 else (inf if error > 0 else 0.0))
         return worst
 
     def _append(self, index: Tensor, near: bool) -> None:

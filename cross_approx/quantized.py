@@ -118,7 +118,7 @@ def qtt_cross(
     if len(layouts) > 1 and rank is not None and not isinstance(rank, int):
         raise ValueError(f"qtt_cross: ranks of every bond need an order, expected order= or an int, got rank={rank}")
     caps = [check_ranks("qtt_cross", rank, chain_ranks(layout.sizes)) for layout in layouts]
-    reader = Reader("qtt_cross", opened, max_evals, max_bytes, max_seconds)
+    reader = Reader("qtt_cross", opened, max_evals, max_bytes, max_seconds, reserve=held_out)
     searches = []
     for layout, cap in zip(layouts, caps, strict=True):
         folded = FoldedReader(reader, layout.sizes, layout.index, layout.digits, "edge")

@@ -1,8 +1,9 @@
 """Entries of a source, each asked for once, under limits of evaluations, bytes and time."""
 
 import time
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from math import hypot, inf, prod
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +21,14 @@ BATCH = 1 << 17
 
 LARGEST = 64
 """How many of the largest entries are remembered."""
+
+
+def norm(values: Inexact[Tensor, "..."]) -> float:
+    """`‖values‖_2` whatever their scale: squares of 1e200 overflow, those of 1e-200 vanish."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if not 0 < largest < inf:
+        return largest
+    return largest * float(torch.linalg.vector_norm(values / largest))
 
 
 class LimitReached(Exception):
@@ -43,10 +52,12 @@ def open_source(name: str, source: Any, shape: Sequence[int] | None) -> Any:
 
 
 def check_limits(name: str, **limits: int | float | None) -> None:
-    """Refuse a limit that is not positive; None is no limit."""
+    """Refuse a limit that is not positive, and a count that is no integer; None is no limit."""
     for what, limit in limits.items():
         if limit is not None and not limit > 0:
             raise ValueError(f"{name}: {what} must be positive, got {limit}")
+        if limit is not None and what != "max_seconds" and (isinstance(limit, bool) or not isinstance(limit, Integral)):
+            raise TypeError(f"{name}: {what} is a count, expected an integer, got {limit!r}")
 
 
 @runtime_checkable
@@ -79,8 +90,22 @@ class Entries(Protocol):
         ...
 
     @property
-    def sum_squares(self) -> float:
-        """Of the entries read."""
+    def norm(self) -> float:
+        """Of all values read."""
+        ...
+
+    @property
+    def max_evals(self) -> int | None:
+        """The limit of evaluations."""
+        ...
+
+    @property
+    def left(self) -> int:
+        """Evaluations that the limit leaves."""
+        ...
+
+    def whole_limit(self) -> AbstractContextManager[None]:
+        """Within, what is reserved of the limit may be used as well."""
         ...
 
     @property
@@ -106,7 +131,8 @@ def _sizes(name: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
 class Reader:
     """Reads entries in double precision, remembers them, counts what was asked for, and stops at a limit.
 
-    A batch that would pass `max_evals` is not begun; time and bytes are looked at before every batch.
+    A batch that would pass `max_evals` is not begun; time and bytes are looked at before every batch. Of `max_evals`
+    up to a quarter, `reserve` at most, is kept for reads within `whole_limit`.
     Cost: O(N log N) for N entries in all, 40 bytes of memory each.
     """
 
@@ -117,15 +143,18 @@ class Reader:
         max_evals: int | None = None,
         max_bytes: int | None = None,
         max_seconds: int | float | None = None,
+        reserve: int = 0,
     ) -> None:
         self.name, self.source = name, source
         self.sizes = tuple(int(n) for n in source.shape)
         self.max_evals, self.max_bytes, self.max_seconds = max_evals, max_bytes, max_seconds
+        self.reserved = 0 if max_evals is None else min(reserve, max_evals // 4)
         self.evaluations = 0
-        self.sum_squares = 0.0
+        self.norm = 0.0  # of all values read; their squares may overflow or vanish
         self.largest = torch.zeros(0, len(self.sizes), dtype=torch.long)
         self._largest_sizes = torch.zeros(0, dtype=torch.float64)
         self._runs: list[tuple[Tensor, ...]] = []  # sorted keys, second keys, values, whether used; lengths fall
+        self._raw_dtype: torch.dtype | None = None
         self._start, self._bytes_before = time.monotonic(), getattr(source, "bytes_read", 0)
         generator = torch.Generator().manual_seed(0)
         whole = 2**62
@@ -133,6 +162,20 @@ class Reader:
         if prod(self.sizes) < whole:  # an exact key; otherwise 128 bits of a linear hash
             self._weights[:, 0] = torch.tensor([prod(self.sizes[k + 1 :]) for k in range(len(self.sizes))])
         self._take_probe()
+
+    @property
+    def left(self) -> int:
+        """Evaluations that `max_evals` leaves, reserved ones included."""
+        return 2**62 if self.max_evals is None else self.max_evals - self.evaluations
+
+    @contextmanager
+    def whole_limit(self) -> Iterator[None]:
+        """Within, what is reserved of `max_evals` may be used as well."""
+        before, self.reserved = self.reserved, 0
+        try:
+            yield
+        finally:
+            self.reserved = before
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,17 +249,34 @@ class Reader:
             found |= here
         return found, used, values
 
+    def _batch(self) -> int:
+        """Entries to ask for in one call: under a limit of time, half of what the rate so far leaves time for."""
+        if self.max_seconds is None:
+            return BATCH
+        spent = time.monotonic() - self._start
+        fits = self.evaluations / max(spent, 1e-9) * (self.max_seconds - spent) / 2
+        return int(min(BATCH, max(16, fits)))
+
     def _ask(self, index: Tensor, keys: Tensor, checks: Tensor, use: bool) -> None:
-        if self.max_evals is not None and self.evaluations + len(index) > self.max_evals:
+        if self.max_evals is not None and self.evaluations + len(index) > self.max_evals - self.reserved:
             raise LimitReached(f"max_evals = {self.max_evals}")
         parts = []
-        for part in index.split(BATCH):
+        begin = 0
+        while begin < len(index):
+            part = index[begin : begin + self._batch()]
+            begin += len(part)
             if self.max_seconds is not None and time.monotonic() - self._start >= self.max_seconds:
                 raise LimitReached(f"max_seconds = {self.max_seconds}")
             if self.max_bytes is not None and self.bytes_read >= self.max_bytes:
                 raise LimitReached(f"max_bytes = {self.max_bytes}")
             self.evaluations += len(part)
-            raw = self.source.entries(part.to(self.source.device)).detach().cpu()
+            raw = self.source.entries(part.clone().to(self.source.device)).detach().cpu()  # it may write into its own
+            self._raw_dtype = self._raw_dtype or raw.dtype
+            if raw.dtype != self._raw_dtype:
+                raise TypeError(
+                    f"{self.name}: a source gives values of one dtype, expected {self._raw_dtype} as in its first "
+                    f"batch, got {raw.dtype}"
+                )
             double = torch.promote_types(raw.dtype, torch.float64)
             values = raw.to(double)
             bad = (~torch.isfinite(values)).nonzero()[:, 0]
@@ -233,7 +293,7 @@ class Reader:
 
     def _remember(self, index: Tensor, keys: Tensor, checks: Tensor, values: Tensor, use: bool) -> None:
         magnitudes = values.abs()
-        self.sum_squares += float(magnitudes.square().sum())
+        self.norm = hypot(self.norm, norm(magnitudes))
         sizes = torch.cat([self._largest_sizes, magnitudes])
         top = sizes.topk(min(LARGEST, len(sizes)))
         self.largest = torch.cat([self.largest, index])[top.indices]

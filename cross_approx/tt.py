@@ -1,6 +1,7 @@
 """Tensor trains from few entries."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import inf, sqrt
 from numbers import Integral
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows, more_rows
-from cross_approx.reader import Entries, LimitReached, Reader, check_limits, open_source
+from cross_approx.reader import Entries, LimitReached, Reader, check_limits, norm, open_source
 from cross_approx.result import CrossResult, Sweep
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
@@ -21,6 +22,9 @@ Progress = Callable[[int, int, str], None]
 
 KEPT = 2.0
 """How much larger the coefficient of another row has to be to displace a pivot of the sweep before."""
+
+PROBES = 6
+"""Rows, at least, in which a further column is compared with what the others say about it before it is read."""
 
 
 def tt_cross(
@@ -49,10 +53,16 @@ def tt_cross(
     pivots (4 more at least) are used and the train is rounded to it, which comes close to the best train of that rank
     (and interpolates no longer).
 
+    A column beyond the nested ones is compared in a few rows with what those say about it, and read whole only where
+    it differs.
+
     What is promised: no entry is asked for twice and `max_evals` is never exceeded; `converged` only if the relative
-    error on a fresh sample of `held_out` entries, none of which the cores were made from, is at most tol. Half of these
-    are uniform: with k = held_out / 2, a region that holds the fraction 3 / k of the entries is missed with probability
-    5 %. The others are near the largest values read. A peak that no entry read shows is not found by any such method.
+    error on a sample of `held_out` entries, which neither made the cores nor guided the search, is at most tol. Half of
+    these are uniform: with k = held_out / 2, a region that holds the fraction 3 / k of the entries is missed with
+    probability 5 %. The others are near the largest values read. A peak that no entry read shows is not found by any
+    such method. An end without convergence states the error on such a sample too: up to a quarter of `max_evals` is
+    kept for it; where time or bytes are used up the sample is the one that guided the search, as `held_out` of the
+    result shows.
     Cost: about `2 d n r^2` evaluations in all, O(d n r^3) operations a sweep.
 
     Args:
@@ -63,7 +73,7 @@ def tt_cross(
         rank: cap for every bond, or an entry for each.
         max_evals: entries asked for at most, held-out ones included.
         max_bytes: stop once so many bytes were read (looked at between batches).
-        max_seconds: stop after so many seconds (looked at between batches).
+        max_seconds: stop after so many seconds (looked at between batches, which are made small enough for it).
         max_sweeps: sweeps at most, a sweep being one pass in one direction.
         start: number of start points, chosen among uniform samples by size, or the points themselves.
         held_out: entries of the last check; a fifth of it guides the sweeps.
@@ -78,7 +88,7 @@ def tt_cross(
     Raises:
         ValueError: a NaN or infinite entry (with its index), a shape that does not fit, limits below 1, an impossible
             rank, a start point outside.
-        TypeError: not a source.
+        TypeError: not a source, a count that is no integer, values of another dtype than before.
 
     References:
         I. Oseledets, E. Tyrtyshnikov, TT-cross approximation for multidimensional arrays, Linear Algebra Appl. 2010;
@@ -97,7 +107,7 @@ def tt_cross(
     sizes = tuple(int(n) for n in opened.shape)
     caps = check_ranks("tt_cross", rank, chain_ranks(sizes))
     points = _check_start("tt_cross", start, sizes)
-    reader = Reader("tt_cross", opened, max_evals, max_bytes, max_seconds)
+    reader = Reader("tt_cross", opened, max_evals, max_bytes, max_seconds, reserve=held_out)
     monitor = HeldOut(reader, max(2, held_out // 5), generator)
     search = _Search(reader, monitor, float(tol), caps, generator)
     return run_search(search, points, held_out, max_sweeps, progress)
@@ -123,6 +133,8 @@ def run_search(
                 break
     except LimitReached as limit:
         reason = str(limit)
+    if not search.converged:
+        search.check(held_out)
     return search.result(reason)
 
 
@@ -165,8 +177,13 @@ class _Search:
         """Columns of the first sweep: the trailing indices of the start points."""
         self.monitor.refresh()
         if not isinstance(start, Tensor):
-            start = self.monitor.index[self.monitor.values.abs().argsort(descending=True)[:start]]
+            # those near large values first: the uniform half stays a uniform sample
+            sizes = self.monitor.values.abs()
+            order = sizes.argsort(descending=True)
+            order = order[(~self.monitor.near[order]).to(torch.uint8).argsort(stable=True)]
+            start = self.monitor.index[order[:start]]
         self.ahead = [_distinct(start[:, k:]) for k in range(self.order + 1)]
+        self.sure = [len(ahead) for ahead in self.ahead]  # so many of them are read whatever the others look like
 
     def sweep(self) -> None:
         """One pass: cores, pivots behind, and the columns of the pass back."""
@@ -177,22 +194,23 @@ class _Search:
             for cap, most in zip(self.caps, chain_ranks(self.reader.sizes), strict=True)
         ]
         caps = caps if self.forward else caps[::-1]
-        scale = sqrt(self.monitor.mean_square())
-        noise = 4 * torch.finfo(self.reader.dtype).eps
+        scale = self.monitor.root_mean_square()
+        noise = torch.finfo(self.reader.dtype).eps
         kept = self.pivots.get(self.forward)
         worst = self._worst()
         behind = [torch.zeros(1, 0, dtype=torch.long)]
         columns, cores, full, capped, floors = [behind[0]], [], False, False, []
         for k in range(self.order - 1):
-            values = self._block(behind[k], sizes[k], self.ahead[k + 1])
+            values, passed_over = self._columns(behind[k], sizes[k], self.ahead[k + 1], self.sure[k + 1], scale)
             u, s, _ = safe_svd(values)
-            tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
+            first = float(s[0]) or 1.0
+            tails = first * (s / first).square().flip(0).cumsum(0).flip(0).sqrt()
             size, least = float(tails[0]), self.cut * scale * sqrt(values.numel())
             shown = max(1, int((tails > max(least, noise * size)).sum()))
             r = min(shown, caps[k])
             floors.append(least <= noise * size)
             capped |= r < shown or (r == values.shape[1] == caps[k] < possible[k])
-            saturated = r == values.shape[1] and r < caps[k]
+            saturated = r == values.shape[1] and r < caps[k] and not passed_over
             full |= saturated
             choices = _grid(behind[k], sizes[k])
             weights = torch.ones(len(choices), 1, dtype=values.dtype)
@@ -208,7 +226,8 @@ class _Search:
             if r < caps[k]:
                 extra.append(choices[torch.randint(len(choices), (1,), generator=self.generator)])
                 extra.append(worst[:, : k + 1])
-            columns.append(_distinct(torch.cat([behind[-1], *extra])))
+            others = _distinct(torch.cat(extra))
+            columns.append(torch.cat([behind[-1], others[~_member(others, behind[-1])]]))
         last = self._block(behind[-1], sizes[-1], torch.zeros(1, 0, dtype=torch.long))
         cores.append(last.reshape(len(behind[-1]), sizes[-1], 1))
         if not self.forward:
@@ -221,35 +240,64 @@ class _Search:
         # the pass back sees the modes reversed: what was behind is ahead
         self.ahead = [columns[self.order - k].flip(1) if k else behind[0] for k in range(self.order)]
         self.ahead.append(behind[0])
+        self.sure = [len(behind[self.order - k]) if k else 1 for k in range(self.order)] + [1]
         self.forward = not self.forward
 
     def verdict(self, held_out: int) -> str | None:
         """Why to stop, or None."""
         errors = [line.error for line in self.history]
         if errors[-1] <= self.tol:
-            fresh = type(self.monitor)(self.reader, held_out, self.generator)
-            fresh.refresh()
-            cores = self._last
-            error = fresh.relative(fresh.errors(cores))
-            if error <= self.tol:
-                self.converged = True
-                self.best = (error, len(fresh.index), cores, self._last_pivots)
-                return "the held-out error meets tol"
+            # no entry of the monitor has guided the search before the second sweep: it is a fresh sample till then
+            clean = len(self.history) == 1 and not self.monitor.exhausted
+            wanted = held_out - clean * len(self.monitor.index)
+            short = wanted > self.reader.left
+            fresh = self._fresh(wanted)
             self.monitor.join(fresh)
+            sample = self.monitor if clean and not fresh.exhausted else fresh
+            error = sample.relative(sample.errors(self._last))
+            self.best = (error, len(sample.index), self._last, self._last_pivots)
+            if error <= self.tol:
+                if short and not fresh.exhausted:
+                    return f"max_evals = {self.reader.max_evals}: tol is met, on fewer held-out entries than asked for"
+                self.converged = True
+                unseen = "" if self.reader.norm > 0 else "; every entry read is zero"
+                return "the held-out error meets tol" + unseen
             self.history[-1] = self.history[-1]._replace(error=error)
-            self.best = (error, len(fresh.index), cores, self._last_pivots)
             errors[-1] = error
         eps = torch.finfo(self.reader.dtype).eps
         stuck = len(errors) > 3 and min(errors[-3:]) > 0.7 * min(errors[:-3])
         if stuck and self.capped and not self.full:
             return "the rank cap binds"
-        if stuck and (self.at_floor or min(errors) <= 1e3 * eps):
+        if stuck and min(errors) <= (sqrt(eps) if self.at_floor else min(1e3 * eps, 0.1 * sqrt(eps))):
             return f"the noise floor of {self.reader.dtype}: more sweeps do not lower the error"
         if len(errors) > 12 and min(errors[-12:]) > 0.9 * min(errors[:-12]):
             return "stalled: twelve sweeps did not lower the error"
+        best = min(self.history, key=lambda line: line.error)
+        if len(self.history) - best.sweep >= 3 and self.history[-1].evaluations > 10 * max(best.evaluations, 10_000):
+            return (
+                f"stalled: ten times the {best.evaluations} evaluations of sweep {best.sweep} did not lower its error, "
+                f"{best.error:.1e}; noise or a jump of that size does this"
+            )
         if not (self.full or self.capped):
             self.cut /= 4  # nothing is left above the cut, and the error is: singular values below it matter
         return None
+
+    def check(self, held_out: int) -> None:
+        """Replace the error of the best train, least among several on the monitor, by that on a fresh sample."""
+        if self.best is None:
+            return
+        with suppress(LimitReached):
+            fresh = self._fresh(held_out)
+            if len(fresh.index) >= min(held_out, self.best[1]):
+                cores = self.best[2]
+                self.best = (fresh.relative(fresh.errors(cores)), len(fresh.index), cores, self.best[3])
+
+    def _fresh(self, count: int) -> HeldOut:
+        """A new sample of so many entries, or of what `max_evals` leaves."""
+        fresh = type(self.monitor)(self.reader, max(2, min(count, self.reader.left)), self.generator)
+        with self.reader.whole_limit():
+            fresh.refresh()
+        return fresh
 
     def result(self, reason: str) -> CrossResult:
         """The best train so far."""
@@ -297,10 +345,39 @@ class _Search:
     def _ranks(self) -> list[int]:
         return [core.shape[2] for core in self._last[:-1]]
 
+    def _columns(self, behind: Tensor, n: int, ahead: Tensor, sure: int, scale: float) -> tuple[Tensor, bool]:
+        """Entries at the first `sure` columns and at those others that these do not explain; whether one was left out.
+
+        What the others hold is looked at in a few rows only: the dominant ones, which say what it should be elsewhere,
+        and some where that is compared. A column left out for chance agreement is offered by later sweeps again.
+        """
+        values = self._block(behind, n, ahead[:sure])
+        if sure == len(ahead):
+            return values, False
+        u, s, _ = safe_svd(values)
+        noise = torch.finfo(self.reader.dtype).eps
+        floor = max(self.cut * scale, noise * norm(s) / sqrt(values.numel()))
+        r = max(1, int((s > floor * sqrt(values.numel())).sum()))
+        rows, coefficients = dominant_rows(u[:, :r], 0.1)
+        choices = _grid(behind, n)
+        probes = max(PROBES, r // 2)
+        order = torch.randperm(len(choices), generator=self.generator)
+        order = order[~torch.isin(order, rows)]
+        large = values[order].abs().amax(1).argsort(descending=True)[: probes // 2]
+        probed = torch.cat([order[large], order[: probes - len(large)]]).unique()
+        found = self._block_at(choices[torch.cat([rows, probed])], ahead[sure:])
+        off = (found[len(rows) :] - coefficients[probed] @ found[: len(rows)]).abs()
+        new = (off > floor).any(0) if len(probed) else torch.zeros(found.shape[1], dtype=torch.bool)
+        if bool(new.any()):
+            values = torch.cat([values, self._block(behind, n, ahead[sure:][new])], 1)
+        return values, not bool(new.all())
+
     def _block(self, behind: Tensor, n: int, ahead: Tensor) -> Tensor:
         """Entries at behind x mode x ahead as a matrix (behind and mode, ahead)."""
+        return self._block_at(_grid(behind, n), ahead)
+
+    def _block_at(self, rows: Tensor, ahead: Tensor) -> Tensor:
         parts = []
-        rows = _grid(behind, n)
         for part in rows.split(max(1, (1 << 18) // len(ahead))):
             index = torch.cat([part.repeat_interleave(len(ahead), 0), ahead.repeat(len(part), 1)], 1)
             parts.append(self.reader.read(index if self.forward else index.flip(1)))

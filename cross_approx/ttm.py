@@ -124,7 +124,7 @@ def ttm_cross(
         return layout.index(torch.stack([index // second, index % second], 2).flatten(1))
 
     matrix = opened if len(sizes) == 2 else merge_tail(opened)
-    reader = Reader("ttm_cross", matrix, max_evals, max_bytes, max_seconds)
+    reader = Reader("ttm_cross", matrix, max_evals, max_bytes, max_seconds, reserve=held_out)
     folded = FoldedReader(reader, modes, unfold, fold, "zero")
     monitor = RealEntries(folded, max(2, held_out // 5), generator)
     search = _Search(folded, monitor, float(tol), caps, generator)

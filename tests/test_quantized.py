@@ -257,7 +257,8 @@ def test_other_limits_progress_and_start(rng):
     )
     assert result.reason == "max_sweeps = 2"
     assert [line[:2] for line in lines] == [(1, 2), (2, 2)]
-    assert result.error == min(line.error for line in result.history)
+    least = min(line.error for line in result.history)
+    assert 0.5 * least <= result.error <= 2 * least  # measured again, on a fresh sample
     capped = qtt_cross(rough, shape=shape, rank=3, tol=1e-9, generator=rng)
     assert max(capped.network.ranks) == 3
     assert not capped.converged

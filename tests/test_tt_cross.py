@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from cross_approx import tt_cross
+from cross_approx import as_source, tt_cross
 from cross_approx.held_out import train_entries
+from cross_approx.reader import Reader
 from decompositions import TT, to_dense, tt_svd
 
 F64 = torch.float64
@@ -142,7 +143,9 @@ def test_max_evals_is_never_exceeded(limit, rng):
     assert result.network.shape == (16,) * 6
     if limit >= 3000:
         assert result.error < 0.5
-        assert result.error == min(line.error for line in result.history)
+        assert result.held_out >= min(1000, limit // 4) - 3  # a fresh sample, not the one that guided the search
+        least = min(line.error for line in result.history)
+        assert least / 2 < result.error < 2 * least
 
 
 def test_time_bytes_and_sweeps_end_it(rng):
@@ -332,10 +335,12 @@ def test_the_probe_of_a_function_counts_once(rng):
 
 def test_a_probe_that_is_not_finite_is_refused_only_where_it_is_read(rng):
     def function(index):
-        values = index.sum(1).double()
-        return torch.where((index == 0).all(1), torch.inf, values)
+        return torch.where((index == 0).all(1), torch.inf, index.sum(1).double())
 
+    reader = Reader("doc", as_source(function, shape=(4, 4)))
+    assert reader.read(torch.tensor([[1, 2]])).tolist() == [3.0]
+    with pytest.raises(ValueError, match=r"must be finite, got inf at index \(0, 0\)"):
+        reader.read(torch.tensor([[0, 0]]))
     with pytest.raises(ValueError, match=r"must be finite, got inf at index \(0, 0\)"):
         tt_cross(function, shape=(4, 4), generator=rng)
-    result = tt_cross(function, shape=(40, 40, 40), rank=2, max_evals=600, held_out=40, generator=rng)
-    assert math.isfinite(result.error)
+

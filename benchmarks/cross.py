@@ -1,0 +1,213 @@
+"""Tensors from few entries: standard functions, the headline function, and maxvol, each against the peers.
+
+python benchmarks/cross.py                             about 15 minutes on 2 cores
+python benchmarks/cross.py --only headline,maxvol      some parts: functions, headline, maxvol
+python benchmarks/cross.py --seeds 5                   seeds of the functions (3)
+
+Rows are kept in runs/bench-cross.json: a part that is there is not run again (--again runs it). Peers come with
+make bench-env; parts that need an absent one say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cross_functions
+import numpy as np
+import torch
+from cross_functions import CASES, Case, Counted, error_of
+from timing import Gate, compare, markdown, publish
+from torch import Tensor
+
+from cross_approx import maxvol, tt_cross
+from tnlayers.files import write_atomic
+
+ROOT = Path(__file__).parent.parent
+STORE = ROOT / "runs" / "bench-cross.json"
+HEADLINE = "1 / sqrt(sum of squares)"
+Row = dict[str, Any]
+
+
+def functions_part(arguments: argparse.Namespace) -> list[Row]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the processes of the runs are forked
+    found = cross_functions.rows(list(CASES), list(cross_functions.METHODS), arguments.seeds, 12.0)
+    torch.set_num_threads(threads)
+    return found
+
+
+def functions_table(found: list[Row]) -> str:
+    return "## Standard functions\n\n" + cross_functions.table(found)
+
+
+def run_ours(counted: Counted, case: Case, seed: int, dtype: torch.dtype) -> tuple[list[Tensor], str]:
+    def function(index: Tensor) -> Tensor:
+        return counted(index).to(dtype)
+
+    result = tt_cross(function, shape=case.shape, tol=1e-6, generator=torch.Generator().manual_seed(seed))
+    cores = list(result.network.cores)
+    return [cores[0][None], *cores[1:-1], cores[-1][..., None]], result.reason
+
+
+def run_teneva(counted: Counted, case: Case, seed: int, cache: bool) -> tuple[list[Tensor], str]:
+    import teneva
+
+    info: dict[str, Any] = {}
+    cores = teneva.cross(
+        lambda i: counted(torch.from_numpy(np.ascontiguousarray(i))).numpy(),
+        teneva.rand(case.shape, 2, seed=seed),
+        e=1e-6,
+        dr_max=2,
+        nswp=50,
+        cache={} if cache else None,
+        info=info,
+    )
+    return [torch.from_numpy(core) for core in cores], f"stop: {info['stop']}"
+
+
+def headline_part(_: argparse.Namespace) -> list[Row]:
+    """In turn, seed by seed: both see the same machine."""
+    case = CASES[HEADLINE]
+    methods: dict[str, Callable[[Counted, int], tuple[list[Tensor], str]]] = {
+        "teneva": lambda f, seed: run_teneva(f, case, seed, False),
+        "teneva, cache": lambda f, seed: run_teneva(f, case, seed, True),
+        "ours": lambda f, seed: run_ours(f, case, seed, torch.float64),
+        "ours, float32": lambda f, seed: run_ours(f, case, seed, torch.float32),
+    }
+    found = []
+    for seed in range(3):
+        for name, method in methods.items():
+            counted = Counted(case, 120.0)
+            start = time.perf_counter()
+            cores, said = method(counted, seed)
+            row: Row = {"method": name, "seed": seed, "seconds": time.perf_counter() - start, "said": said}
+            row |= {"evaluations": counted.count, "rank": max(core.shape[2] for core in cores)}
+            found.append(row | {"error": error_of([core.double() for core in cores], case)})
+    return found
+
+
+def headline_table(found: list[Row]) -> str:
+    names = list(dict.fromkeys(row["method"] for row in found))
+
+    def of(name: str, key: str) -> list[Any]:
+        return [row[key] for row in found if row["method"] == name]
+
+    base = statistics.median(of("teneva", "seconds"))
+    rows = [
+        [
+            name,
+            f"{statistics.median(of(name, 'evaluations')):,.0f}",
+            f"{max(of(name, 'error')):.1e}",
+            max(of(name, "rank")),
+            f"{statistics.median(of(name, 'seconds')):.2f} s",
+            f"{statistics.median(of(name, 'seconds')) / base:.2f}",
+            of(name, "said")[0],
+        ]
+        for name in names
+    ]
+    head = ["method", "evaluations", "worst error", "rank", "time", "of teneva's", "ended by"]
+    return (
+        "## 1 / sqrt(sum i_k^2), d = 10, n = 32, tol 1e-6\n\nReach: <= 250,000 evaluations, error <= 1e-6, <= 0.4 of "
+        "teneva's time; float32 stops by itself. Medians of 3 seeds; the error as above.\n\n" + markdown(head, rows)
+    )
+
+
+def maxvol_part(_: argparse.Namespace) -> list[Row]:
+    import teneva
+
+    rng = torch.Generator().manual_seed(0)
+    found = []
+    for name, a in {
+        "normal": torch.randn(100_000, 50, dtype=torch.float64, generator=rng),
+        "orthonormal": torch.linalg.qr(torch.randn(100_000, 50, dtype=torch.float64, generator=rng)).Q,
+        "graded": torch.randn(100_000, 50, dtype=torch.float64, generator=rng) * torch.logspace(0, -8, 50),
+    }.items():
+        array = a.numpy()
+        base, times = compare(
+            lambda array=array: teneva.maxvol(array, e=1.05, k=10_000), {"ours": lambda a=a: maxvol(a, 0.05)}, Gate()
+        )
+        rows = {"ours": maxvol(a, 0.05), "teneva": torch.from_numpy(teneva.maxvol(array, e=1.05, k=10_000)[0]).long()}
+        found.append(
+            {
+                "matrix": name,
+                "teneva": base,
+                **times["ours"],
+                "largest": {k: float(torch.linalg.solve(a[i], a, left=False).abs().max()) for k, i in rows.items()},
+                "log volume": {k: float(torch.linalg.slogdet(a[i]).logabsdet) for k, i in rows.items()},
+            }
+        )
+    return found
+
+
+def maxvol_table(found: list[Row]) -> str:
+    rows = [
+        [
+            row["matrix"],
+            f"{row['teneva']:.2f} s",
+            f"{row['seconds']:.3f} s",
+            f"{row['ratio']:.2f}",
+            "0.30",
+            f"{row['largest']['teneva']:.3f} / {row['largest']['ours']:.3f}",
+            f"{row['log volume']['ours'] - row['log volume']['teneva']:+.2f}",
+        ]
+        for row in found
+    ]
+    head = [
+        "matrix",
+        "teneva",
+        "ours",
+        "ratio",
+        "reach",
+        "largest coefficient, teneva / ours",
+        "log volume, ours - teneva",
+    ]
+    return "## maxvol, 100,000 x 50, tolerance 0.05 for both\n\n" + markdown(head, rows)
+
+
+PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[Row]], Callable[[list[Row]], str], tuple[str, ...]]] = {
+    "functions": (functions_part, functions_table, ("teneva", "tntorch", "torchtt")),
+    "headline": (headline_part, headline_table, ("teneva",)),
+    "maxvol": (maxvol_part, maxvol_table, ("teneva",)),
+}
+"""What measures a part, what prints it, and the packages that it needs."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts by commas: " + ", ".join(PARTS))
+    parser.add_argument("--again", action="store_true", help="run parts that are there once more")
+    parser.add_argument("--seeds", type=int, default=3, help="of the functions")
+    arguments = parser.parse_args()
+    chosen = arguments.only.split(",")
+    for part in chosen:
+        if part not in PARTS:
+            parser.error(f"no part {part!r}, expected some of {', '.join(PARTS)}")
+    store: dict[str, list[Row]] = json.loads(STORE.read_text()) if STORE.exists() else {}
+    for part in chosen:
+        work, _, packages = PARTS[part]
+        absent = [name for name in packages if importlib.util.find_spec(name) is None]
+        if absent:
+            print(f"{part}: {', '.join(absent)} not installed (make bench-env)", file=sys.stderr)
+        elif part not in store or arguments.again:
+            start = time.perf_counter()
+            store[part] = work(arguments)
+            print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            STORE.parent.mkdir(exist_ok=True)
+            write_atomic(STORE, json.dumps(store, indent=1) + "\n")
+    text = "\n\n".join(PARTS[part][1](store[part]) for part in PARTS if part in store)
+    peers = [name for name in ("teneva", "tntorch", "torchTT") if importlib.util.find_spec(name.lower())]
+    notes = [", ".join(f"{name} {version(name)}" for name in peers)] if peers else []
+    publish("cross", "Tensors from few entries", text, store, notes)
+
+
+if __name__ == "__main__":
+    main()
