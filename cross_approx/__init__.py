@@ -15,3 +15,4 @@ from cross_approx.skeleton import skeleton as skeleton
 from cross_approx.source import Source as Source
 from cross_approx.source import as_source as as_source
 from cross_approx.tt import tt_cross as tt_cross
+from cross_approx.tucker import tucker_cross as tucker_cross
