@@ -16,7 +16,7 @@ from cross_approx.reader import Reader
 HELD_SHARE = 0.05
 """Part of the bytes allowed that goes to random chunks, where entries are held out."""
 
-PIVOT_SHARE = 0.5
+PIVOT_SHARE = 0.25
 """Part of the bytes allowed that the columns of the pivots may take; the rest is for a fit."""
 
 
@@ -192,12 +192,12 @@ class ChunkChoice:
             wide = torch.cat([pad, score, pad], k)
             score = sum(wide.narrow(k, step, score.shape[k]) for step in range(3))
         score = score + 1e-3 * torch.rand(score.shape, generator=generator, dtype=torch.float64)
-        open_ = self.stored & ~self.chosen & ~self.held
+        # held chunks are chosen as often as others: were they fitted to on purpose, the error there would be too small
+        open_ = self.stored & ~self.chosen
         order = torch.where(open_, score, -1.0).flatten().argsort(descending=True)[: int(open_.sum())]
         room = fraction - self.share(self.chosen | self.held)
-        fits = self._volume.flatten()[order].cumsum(0) <= room + 1e-12
-        self.chosen.view(-1)[order[fits]] = True
-        self.chosen |= self.held
+        price = torch.where(self.held, 0.0, self._volume).flatten()[order]
+        self.chosen.view(-1)[order[price.cumsum(0) <= room + 1e-12]] = True
 
 
 class KnownSource:
@@ -251,7 +251,7 @@ class ChunkHeldOut(HeldOut):
 
     def _around(self, count: int) -> Tensor:
         index = super()._around(count)
-        return index[self.choice.at(self.choice.chosen | ~self.choice.stored, index)]
+        return index[self.choice.at(self.choice.chosen | self.choice.held | ~self.choice.stored, index)]
 
 
 def monitor_of(reader: Reader, count: int, generator: torch.Generator | None, choice: ChunkChoice | None) -> HeldOut:

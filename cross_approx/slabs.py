@@ -22,37 +22,33 @@ SOFT = 0.1
 
 
 def spread_sets(
-    sizes: Sequence[int],
-    ranks: Sequence[int],
-    over: float,
-    pivots: Sequence[Int[Tensor, "_p"]],
-    choice: ChunkChoice | None,
+    sizes: Sequence[int], ranks: Sequence[int], over: float, masses: Sequence[Inexact[Tensor, "_n"]]
 ) -> list[Int[Tensor, "_q"]]:
-    """Of every mode about `over` times its rank indices: evenly spread over what is stored, and the pivots.
+    """Of every mode about `over` times its rank indices, spread evenly over its mass.
 
     Example:
-        >>> [s.tolist() for s in spread_sets((9, 4), (2, 9), 1.5, (), None)]
+        >>> ones = [torch.ones(9), torch.ones(4)]
+        >>> [s.tolist() for s in spread_sets((9, 4), (2, 9), 1.5, ones)]
         [[1, 4, 7], [0, 1, 2, 3]]
     """
     sets = []
-    for k, (n, r) in enumerate(zip(sizes, ranks, strict=True)):
-        places = torch.arange(n)
-        if choice is not None:
-            others = [axis for axis in range(choice.stored.ndim) if axis != k]
-            columns = choice.stored.sum(others) if others else choice.stored.long()
-            places = places[columns[choice.number[k]] > 0]
-        count = min(len(places), max(1, ceil(over * r)))
-        if len(pivots) and count:
-            count = max(count - len(pivots[k]) // 4, 1)
-        at = ((torch.arange(count, dtype=torch.float64) + 0.5) * len(places) / count).long()
-        sets.append(torch.cat([places[at], *([pivots[k]] if len(pivots) else [])]).unique())
+    for n, r, mass in zip(sizes, ranks, masses, strict=True):
+        count = min(n, ceil(over * r))
+        mass = mass.double() + 0.02 * mass.double().mean() + 1e-300
+        marks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        places = torch.searchsorted(mass.cumsum(0) / mass.sum(), marks).clamp(max=n - 1).unique()
+        rest = torch.ones(n, dtype=torch.bool)
+        rest[places] = False
+        others = rest.nonzero()[:, 0]
+        others = others[mass[others].argsort(descending=True, stable=True)][: count - len(places)]
+        sets.append(torch.cat([places, others]).sort().values)
     return sets
 
 
 def read_slabs(
     reader: Reader,
     ranks: Sequence[int],
-    pivots: Sequence[Int[Tensor, "_p"]],
+    masses: Sequence[Inexact[Tensor, "_n"]],
     choice: ChunkChoice | None,
     spare: int,
 ) -> list[Block] | None:
@@ -64,9 +60,9 @@ def read_slabs(
     room = float(MOST)
     if reader.max_evals is not None:
         room = min(room, reader.max_evals - reader.evaluations - spare)
-    over = OVERSAMPLING * (1.2 if reader.max_evals is not None and choice is not None else 1.0)
+    over = OVERSAMPLING if reader.max_evals is None else 3.0
     while True:
-        sets = spread_sets(reader.sizes, ranks, over, pivots, choice)
+        sets = spread_sets(reader.sizes, ranks, over, masses)
         products = [
             [torch.arange(n) if k == m else sets[k] for k, n in enumerate(reader.sizes)] for m in range(len(sets))
         ]
@@ -80,7 +76,7 @@ def read_slabs(
             )
             if total <= MOST and asked <= room:
                 break
-        over *= 0.96
+        over *= 0.985
         if over < 1:
             return None
     parts, lengths = [], []

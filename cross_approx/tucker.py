@@ -181,6 +181,7 @@ class _Search:
         self.allowed = [torch.arange(n) for n in reader.sizes] if choice is None else choice.allowed
         self.cut = 0.5 * tol / sqrt(self.order)  # relative to the root mean square of A
         self.columns: list[Tensor] = []  # of every mode: places (m, d) of its fibers, the mode itself 0
+        self.masses = [torch.ones(n, dtype=torch.float64) for n in reader.sizes]
         self.pivots = [torch.zeros(0, dtype=torch.long) for _ in caps]
         self.history: list[Sweep] = []
         self.best: tuple[float, int, Tensor, list[Tensor], list[Tensor]] | None = None
@@ -271,6 +272,7 @@ class _Search:
             index[:, k] = torch.arange(n).repeat(len(places))
             values = self.reader.read(index).reshape(len(places), n).mT
             u, s, _ = safe_svd(values)
+            self.masses[k] = torch.linalg.vector_norm(values, dim=1).sqrt()
             tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
             size = float(tails[0])
             least = self.cut * sqrt(self.monitor.mean_square()) * sqrt(values.numel())
@@ -293,7 +295,7 @@ class _Search:
         """Slabs, and a network fitted to them; whether the limits let it."""
         ranks = [len(p) for p in self.pivots]
         spare = self.held_out + 2 * len(self.monitor.index)
-        blocks = read_slabs(self.reader, ranks, self.pivots, self.choice, spare)
+        blocks = read_slabs(self.reader, ranks, self.masses, self.choice, spare)
         if blocks is None:
             return False
         factors = [slab_basis(block, k, r) for k, (block, r) in enumerate(zip(blocks, ranks, strict=True))]
