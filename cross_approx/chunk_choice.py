@@ -105,6 +105,11 @@ class ChunkChoice:
         self._held(fraction, generator)
         self._fill_up(fraction, generator)
 
+    @property
+    def reach(self) -> str:
+        """What the uniform held-out entries can see, for the reason of a result."""
+        return f"; uniform held-out entries are from {len(self.drawn)} random chunks"
+
     def share(self, chunks: Bool[Tensor, "..."]) -> float:
         """Part of the bytes of the tensor that is read with these chunks."""
         return float(self._volume[chunks & self.stored].sum())
@@ -118,6 +123,20 @@ class ChunkChoice:
         for k, indices in enumerate(sets):
             chunks = chunks.index_select(k, self.number[k][indices])
         return chunks
+
+    def masses(self) -> list[Tensor]:
+        """Of every mode, how much is stored at each of its indices."""
+        stored = self._volume * self.stored
+        sums = [stored.movedim(k, 0).reshape(count, -1).sum(1) for k, count in enumerate(self.counts)]
+        return [(line / size)[number] for line, size, number in zip(sums, self.lengths, self.number, strict=True)]
+
+    def snap(self, places: Int[Tensor, "p d"]) -> Int[Tensor, "p d"]:
+        """The places with every coordinate moved to the next one where pivots are allowed."""
+        columns = []
+        for k, allowed in enumerate(self.allowed):
+            at = torch.searchsorted(allowed, places[:, k].contiguous()).clamp(max=len(allowed) - 1)
+            columns.append(allowed[at])
+        return torch.stack(columns, 1)
 
     def _touched(self, columns: list[Tensor]) -> Tensor:
         """Chunks of which all coordinates but one are in the columns."""
@@ -198,6 +217,19 @@ class ChunkChoice:
         room = fraction - self.share(self.chosen | self.held)
         price = torch.where(self.held, 0.0, self._volume).flatten()[order]
         self.chosen.view(-1)[order[price.cumsum(0) <= room + 1e-12]] = True
+
+
+def choose_chunks(
+    name: str, source: Any, fraction: int | float | None, generator: torch.Generator | None
+) -> ChunkChoice | None:
+    """The chunks a cross may touch; None means all."""
+    if fraction is None:
+        return None
+    if getattr(source, "chunks", None) is None:
+        raise ValueError(
+            f"{name}: chunk_fraction is for sources with chunks, got {type(source).__name__}; leave it out"
+        )
+    return ChunkChoice(name, source, fraction, generator)
 
 
 class KnownSource:

@@ -172,21 +172,16 @@ def fit_train(blocks: list[Block], cores: list[Inexact[Tensor, "_r _n _s"]], swe
     """
     cores = list(cores)
     d = len(cores)
-    for k in range(d - 1):
-        _move(cores, k, k + 1)
-    for k in reversed(range(d)):  # the start: nothing is known of the cores between the ends but their shapes
-        if k < d - 1:
-            _move(cores, k + 1, k)
-        if 0 < k < d - 1 or d < 3:
-            cores[k] = _fit_train_core(blocks, cores, k, 3 * ITERATIONS)
+    for k in reversed(range(d - 1)):
+        _move(cores, k + 1, k)
     for _ in range(sweeps):
         for k in range(d):
-            cores[k] = _fit_train_core(blocks, cores, k, ITERATIONS)
+            cores[k] = fit_train_core(blocks, cores, k, ITERATIONS)
             if k < d - 1:
                 _move(cores, k, k + 1)
         for k in reversed(range(d - 1)):
             _move(cores, k + 1, k)
-            cores[k] = _fit_train_core(blocks, cores, k, ITERATIONS)
+            cores[k] = fit_train_core(blocks, cores, k, ITERATIONS)
     return cores
 
 
@@ -203,7 +198,8 @@ def _move(cores: list[Tensor], here: int, there: int) -> None:
         cores[there] = torch.tensordot(cores[there], upper.mH, 1)
 
 
-def _fit_train_core(blocks: list[Block], cores: list[Tensor], k: int, iterations: int) -> Tensor:
+def fit_train_core(blocks: list[Block], cores: list[Tensor], k: int, iterations: int) -> Tensor:
+    """Core k, the others orthonormal towards it."""
     ridge = RIDGE * _density(blocks, [core.shape[1] for core in cores])
     parts = []
     for block in blocks:

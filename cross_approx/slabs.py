@@ -1,21 +1,26 @@
 """Slabs of a tensor, one whole mode times spread index sets of the others: what a capped cross is fitted to."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import ceil, prod
 
 import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from cross_approx.chunk_choice import ChunkChoice
 from cross_approx.reader import Reader
-from cross_approx.sampled_fit import Block
+from cross_approx.sampled_fit import ITERATIONS, Block, fit_train, fit_train_core
 
 OVERSAMPLING = 2.5
 """Indices of a mode in the slabs of the others, over its rank, where no limit binds."""
 
 MOST = 1 << 25
 """Entries of all slabs at most: they are held in double precision."""
+
+TRAIN_SWEEPS = 4
+"""Of alternating least squares."""
 
 SOFT = 0.1
 """Weight of an unread entry, which counts as zero: what no entry shows should not grow."""
@@ -34,7 +39,9 @@ def spread_sets(
     sets = []
     for n, r, mass in zip(sizes, ranks, masses, strict=True):
         count = min(n, ceil(over * r))
-        mass = mass.double() + 0.02 * mass.double().mean() + 1e-300
+        wide = n // 8 * 2 + 1  # the fibers are few: their mass is a hint, not a map
+        mass = avg_pool1d(mass.double()[None], wide, 1, wide // 2, count_include_pad=False)[0]
+        mass = mass + 0.02 * mass.mean() + 1e-300
         marks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         places = torch.searchsorted(mass.cumsum(0) / mass.sum(), marks).clamp(max=n - 1).unique()
         rest = torch.ones(n, dtype=torch.bool)
@@ -60,7 +67,7 @@ def read_slabs(
     room = float(MOST)
     if reader.max_evals is not None:
         room = min(room, reader.max_evals - reader.evaluations - spare)
-    over = OVERSAMPLING if reader.max_evals is None else 3.0
+    over = OVERSAMPLING if reader.max_evals is None else 2 * OVERSAMPLING
     while True:
         sets = spread_sets(reader.sizes, ranks, over, masses)
         products = [
@@ -71,7 +78,7 @@ def read_slabs(
         if total <= 4 * MOST:
             asks = [_asked(product, choice) for product in products]
             asked = sum(
-                total_of(product) if ask is None else int(ask.sum())
+                prod(len(s) for s in product) if ask is None else int(ask.sum())
                 for product, ask in zip(products, asks, strict=True)
             )
             if total <= MOST and asked <= room:
@@ -98,11 +105,6 @@ def read_slabs(
     return blocks
 
 
-def total_of(product: Sequence[Tensor]) -> int:
-    """Entries of a product of index sets."""
-    return prod(len(s) for s in product)
-
-
 def _asked(product: Sequence[Tensor], choice: ChunkChoice | None) -> Tensor | None:
     return None if choice is None else choice.box(choice.chosen & choice.stored, product)
 
@@ -112,3 +114,24 @@ def slab_basis(block: Block, mode: int, rank: int) -> Inexact[Tensor, "n r"]:
     matrix = block.values.movedim(mode, 0).reshape(block.values.shape[mode], -1)
     values, vectors = torch.linalg.eigh(matrix @ matrix.mH)
     return vectors[:, values.argsort(descending=True)[:rank]]
+
+
+def fit_capped_train(
+    reader: Reader, ranks: Sequence[int], cores: list[Inexact[Tensor, "_r _n _s"]], choice: ChunkChoice, spare: int
+) -> list[Inexact[Tensor, "_r _n _s"]] | None:
+    """A train of these ranks fitted to slabs; of order 3 from the slabs' own bases, else from the cores given.
+
+    None where the limits do not let it.
+    """
+    around = [1, *ranks, 1]
+    blocks = read_slabs(reader, [max(pair) for pair in pairwise(around)], choice.masses(), choice, spare)
+    if blocks is None:
+        return None
+    cores = [core.to(blocks[0].values.dtype) for core in cores]
+    if len(cores) == 3:
+        first, last = slab_basis(blocks[0], 0, ranks[0]), slab_basis(blocks[2], 2, ranks[1])
+        # rows of a slab's unfolding are the modes, so the last basis is not conjugated
+        middle = first.new_zeros(first.shape[1], reader.sizes[1], last.shape[1])
+        cores = [first[None], middle, last.mT[..., None]]
+        cores[1] = fit_train_core(blocks, cores, 1, 3 * ITERATIONS)
+    return fit_train(blocks, cores, TRAIN_SWEEPS)

@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
 from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows, more_rows
 from cross_approx.reader import LimitReached, Reader, open_source
 from cross_approx.result import CrossResult, Sweep
+from cross_approx.slabs import fit_capped_train
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
 from decompositions.linalg import check_ranks, check_tol, safe_svd
@@ -34,6 +36,7 @@ def tt_cross(
     max_seconds: int | float | None = None,
     max_sweeps: int = 40,
     start: int | Int[Tensor, "p d"] = 2,
+    chunk_fraction: int | float | None = None,
     held_out: int = 1000,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
@@ -66,6 +69,9 @@ def tt_cross(
         max_seconds: stop after so many seconds (looked at between batches).
         max_sweeps: sweeps at most, a sweep being one pass in one direction.
         start: number of start points, chosen among uniform samples by size, or the points themselves.
+        chunk_fraction: part of the bytes of a chunked source that may be touched, as in `ChunkChoice`: pivots stay in a
+            few columns of chunks, and the uniform held-out entries come from some random chunks. Where `rank` binds the
+            train is then fitted to slabs, as `tucker_cross` does. None: all.
         held_out: entries of the last check; a fifth of it guides the sweeps.
         generator: of samples and of random columns.
         progress: called with (sweep, max_sweeps, text) after every sweep.
@@ -99,9 +105,12 @@ def tt_cross(
     sizes = tuple(int(n) for n in opened.shape)
     caps = check_ranks("tt_cross", rank, chain_ranks(sizes))
     points = _check_start(start, sizes)
-    reader = Reader("tt_cross", opened, max_evals, max_bytes, max_seconds)
-    monitor = HeldOut(reader, max(2, held_out // 5), generator)
-    search = _Search(reader, monitor, float(tol), caps, generator)
+    choice = choose_chunks("tt_cross", opened, chunk_fraction, generator)
+    reader = Reader(
+        "tt_cross", opened if choice is None else KnownSource(opened, choice), max_evals, max_bytes, max_seconds
+    )
+    monitor = monitor_of(reader, max(2, held_out // 5), generator, choice)
+    search = _Search(reader, monitor, float(tol), caps, generator, choice)
     reason = f"max_sweeps = {max_sweeps}"
     try:
         search.begin(points)
@@ -117,7 +126,7 @@ def tt_cross(
                 break
     except LimitReached as limit:
         reason = str(limit)
-    return search.result(reason)
+    return search.result(reason if choice is None else reason + choice.reach)
 
 
 def _check_start(start: int | Tensor, sizes: tuple[int, ...]) -> int | Tensor:
@@ -138,10 +147,17 @@ class _Search:
     """The state between sweeps. Sets are kept in the order of the sweep: backward ones see the modes reversed."""
 
     def __init__(
-        self, reader: Reader, monitor: HeldOut, tol: float, caps: list[int], generator: torch.Generator | None
+        self,
+        reader: Reader,
+        monitor: HeldOut,
+        tol: float,
+        caps: list[int],
+        generator: torch.Generator | None,
+        choice: ChunkChoice | None = None,
     ) -> None:
         self.reader, self.monitor, self.tol, self.caps, self.generator = reader, monitor, tol, caps, generator
         self.order = len(reader.sizes)
+        self.choice = choice
         self.forward = True
         self.cut = 0.5 * tol / sqrt(max(1, self.order - 1))  # relative to the root mean square of A
         self.pivots: dict[bool, list[Tensor]] = {}  # of the last sweep in either direction
@@ -155,6 +171,7 @@ class _Search:
         self.monitor.refresh()
         if not isinstance(start, Tensor):
             start = self.monitor.index[self.monitor.values.abs().argsort(descending=True)[:start]]
+        start = start if self.choice is None else self.choice.snap(start)
         self.ahead = [_distinct(start[:, k:]) for k in range(self.order + 1)]
 
     def sweep(self) -> None:
@@ -165,6 +182,7 @@ class _Search:
             min(max(2 * cap, cap + 4), most)
             for cap, most in zip(self.caps, chain_ranks(self.reader.sizes), strict=True)
         ]
+        caps = self.caps if self.choice is not None else caps  # then slabs serve for what is beyond
         caps = caps if self.forward else caps[::-1]
         scale = sqrt(self.monitor.mean_square())
         noise = 4 * torch.finfo(self.reader.dtype).eps
@@ -178,24 +196,26 @@ class _Search:
             tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
             size, least = float(tails[0]), self.cut * scale * sqrt(values.numel())
             shown = max(1, int((tails > max(least, noise * size)).sum()))
-            r = min(shown, caps[k])
+            choices = _grid(behind[k], sizes[k])
+            inside = self._inside(choices[:, -1], k)
+            r = min(shown, caps[k], len(inside))
             floors.append(least <= noise * size)
-            capped |= r < shown or (r == values.shape[1] == caps[k] < possible[k])
+            capped |= r < shown or (self.choice is None and r == values.shape[1] == caps[k] < possible[k])
             saturated = r == values.shape[1] and r < caps[k]
             full |= saturated
-            choices = _grid(behind[k], sizes[k])
             weights = torch.ones(len(choices), 1, dtype=values.dtype)
             if kept is not None:
                 weights[_member(choices, kept[k + 1])] = KEPT
-            rows, _ = dominant_rows(weights * u[:, :r], 0.1)
+            places, _ = dominant_rows((weights * u[:, :r])[inside], 0.1)
+            rows = inside[places]
             core = torch.linalg.solve(u[rows, :r], u[:, :r], left=False)
             cores.append(core.reshape(len(behind[k]), sizes[k], r))
             behind.append(choices[rows])
-            room = min(len(choices), max(r, caps[k]) + 2)
+            room = min(len(inside), max(r, caps[k]) + 2)
             more = min(room, r + (max(2, r // 2) if saturated else 1))
-            extra = [choices[more_rows(core, rows, 1.0, more, more)]]
+            extra = [choices[inside[more_rows(core[inside], places, 1.0, more, more)]]]
             if r < caps[k]:
-                extra.append(choices[torch.randint(len(choices), (1,), generator=self.generator)])
+                extra.append(choices[inside[torch.randint(len(inside), (1,), generator=self.generator)]])
                 extra.append(worst[:, : k + 1])
             columns.append(_distinct(torch.cat([behind[-1], *extra])))
         last = self._block(behind[-1], sizes[-1], torch.zeros(1, 0, dtype=torch.long))
@@ -216,7 +236,7 @@ class _Search:
         """Why to stop, or None."""
         errors = [line.error for line in self.history]
         if errors[-1] <= self.tol:
-            fresh = HeldOut(self.reader, held_out, self.generator)
+            fresh = monitor_of(self.reader, held_out, self.generator, self.choice)
             fresh.refresh()
             cores = self._last
             error = fresh.relative(fresh.errors(cores))
@@ -230,6 +250,9 @@ class _Search:
             errors[-1] = error
         eps = torch.finfo(self.reader.dtype).eps
         stuck = len(errors) > 3 and min(errors[-3:]) > 0.7 * min(errors[:-3])
+        if self.choice is not None and self.capped:
+            self._fit(held_out)
+            return "the held-out error meets tol" if self.converged else "the rank cap binds"
         if stuck and self.capped and not self.full:
             return "the rank cap binds"
         if stuck and (self.at_floor or min(errors) <= 1e3 * eps):
@@ -239,6 +262,28 @@ class _Search:
         if not (self.full or self.capped):
             self.cut /= 4  # nothing is left above the cut, and the error is: singular values below it matter
         return None
+
+    def _fit(self, held_out: int) -> None:
+        """The train fitted to slabs; it and the cross are compared on a fresh sample."""
+        assert self.choice is not None
+        fitted = fit_capped_train(self.reader, self.caps, self._last, self.choice, held_out)
+        if fitted is None:
+            return
+        fresh = monitor_of(self.reader, held_out, self.generator, self.choice)
+        fresh.refresh()
+        found = [([core.to(self.reader.dtype) for core in fitted], []), (self._last, self._last_pivots)]
+        measured = [(fresh.relative(fresh.errors(cores)), len(fresh.index), cores, pivots) for cores, pivots in found]
+        self.best = min(measured, key=lambda entry: entry[0])
+        self.converged = self.best[0] <= self.tol
+        line = self.history[-1]
+        self.history.append(Sweep(line.sweep + 1, self.reader.evaluations, self.best[0], max(self.caps)))
+
+    def _inside(self, indices: Tensor, k: int) -> Tensor:
+        """Which rows are allowed to be pivots of the bond after the k-th mode of the sweep."""
+        if self.choice is None:
+            return torch.arange(len(indices))
+        allowed = self.choice.allowed[k if self.forward else self.order - 1 - k]
+        return torch.isin(indices, allowed).nonzero()[:, 0]
 
     def result(self, reason: str) -> CrossResult:
         """The best train so far."""
@@ -281,6 +326,7 @@ class _Search:
             return torch.zeros(0, self.order, dtype=torch.long)
         largest = self._errors.topk(min(2, len(self._errors)))
         index = self.monitor.index[largest.indices[largest.values > 0]]
+        index = index if self.choice is None else self.choice.snap(index)
         return index if self.forward else index.flip(1)
 
     def _ranks(self) -> list[int]:

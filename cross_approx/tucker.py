@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.chunk_choice import ChunkChoice, KnownSource, monitor_of
+from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
 from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows
 from cross_approx.reader import LimitReached, Reader, open_source
@@ -124,20 +124,7 @@ def tucker_cross(
                 break
     except LimitReached as limit:
         reason = str(limit)
-    return search.result(reason)
-
-
-def choose_chunks(
-    name: str, source: Any, fraction: int | float | None, generator: torch.Generator | None
-) -> ChunkChoice | None:
-    """The chunks a cross may touch; None means all."""
-    if fraction is None:
-        return None
-    if getattr(source, "chunks", None) is None:
-        raise ValueError(
-            f"{name}: chunk_fraction is for sources with chunks, got {type(source).__name__}; leave it out"
-        )
-    return ChunkChoice(name, source, fraction, generator)
+    return search.result(reason if choice is None else reason + choice.reach)
 
 
 def tucker_entries(
@@ -161,6 +148,15 @@ def tucker_entries(
             row = row[:, 0]
         parts.append(row.reshape(len(part)))
     return torch.cat(parts)
+
+
+Found = tuple[Tensor, list[Tensor], list[Tensor]]  # core, factors, pivots
+
+
+def _errors_on(monitor: HeldOut, found: Found) -> Tensor:
+    if not len(monitor.index):
+        return torch.zeros(0, dtype=torch.float64)
+    return (tucker_entries(found[0], found[1], monitor.index) - monitor.values).abs()
 
 
 class _Search:
@@ -230,9 +226,8 @@ class _Search:
         eps = torch.finfo(self.reader.dtype).eps
         stuck = len(errors) > 3 and min(errors[-3:]) > 0.7 * min(errors[:-3])
         if self.capped:
-            if self._fit() and self.history[-1].error <= self.tol and self._confirmed():
-                return "the held-out error meets tol"
-            return "the rank cap binds"
+            self._fit()
+            return "the held-out error meets tol" if self.converged else "the rank cap binds"
         if stuck and (self.at_floor or min(errors) <= 1e3 * eps):
             return f"the noise floor of {self.reader.dtype}: more sweeps do not lower the error"
         if len(errors) > 12 and min(errors[-12:]) > 0.9 * min(errors[:-12]):
@@ -280,7 +275,7 @@ class _Search:
             enough = min(possible, cap + max(2, cap // 4))
             if shown < len(places) - 1 or len(places) >= enough:
                 r = min(shown, cap)
-                return u[:, :r], least <= noise * size, r < shown or r == self.caps[k] < possible
+                return u[:, :r], least <= noise * size, r < shown
             before = len(places)
             more = min(len(places) + 1, enough - len(places) + 1)
             for _ in range(4):
@@ -291,26 +286,34 @@ class _Search:
                 r = min(shown, cap)
                 return u[:, :r], least <= noise * size, r < shown
 
-    def _fit(self) -> bool:
-        """Slabs, and a network fitted to them; whether the limits let it."""
+    def _fit(self) -> None:
+        """A network fitted to slabs, if the limits let it; it and the cross are compared on a fresh sample."""
         ranks = [len(p) for p in self.pivots]
         spare = self.held_out + 2 * len(self.monitor.index)
         blocks = read_slabs(self.reader, ranks, self.masses, self.choice, spare)
         if blocks is None:
-            return False
+            return
         factors = [slab_basis(block, k, r) for k, (block, r) in enumerate(zip(blocks, ranks, strict=True))]
         core = torch.zeros(ranks, dtype=blocks[0].values.dtype)
         core, factors = fit_tucker(blocks, core, factors, FIT_SWEEPS)
-        self._measure(core, factors, list(self.pivots))
-        return True
+        cross, fitted = self._last, self._rounded(core, factors, [])
+        fresh = monitor_of(self.reader, self.held_out, self.generator, self.choice)
+        fresh.refresh()
+        found = [(fresh.relative(_errors_on(fresh, last)), len(fresh.index), *last) for last in (fitted, cross)]
+        self.best = min(found, key=lambda entry: entry[0])
+        self.converged = self.best[0] <= self.tol
+        self.history.append(Sweep(len(self.history) + 1, self.reader.evaluations, found[0][0], max(core.shape)))
+
+    def _rounded(self, core: Tensor, factors: list[Tensor], pivots: list[Tensor]) -> Found:
+        return core.to(self.reader.dtype), [factor.to(self.reader.dtype) for factor in factors], pivots
 
     def _measure(self, core: Tensor, factors: list[Tensor], pivots: list[Tensor]) -> None:
-        self._last = (core.to(self.reader.dtype), [factor.to(self.reader.dtype) for factor in factors], pivots)
+        self._last = self._rounded(core, factors, pivots)
         error, count = inf, 0
         try:
             self.monitor.refresh()
         finally:  # a limit may leave fewer entries, of which none was used
-            self._errors = self._errors_on(self.monitor)
+            self._errors = _errors_on(self.monitor, self._last)
             if len(self._errors):
                 error, count = self.monitor.relative(self._errors), len(self._errors)
             self.history.append(Sweep(len(self.history) + 1, self.reader.evaluations, error, max(core.shape)))
@@ -321,19 +324,14 @@ class _Search:
         """Whether tol is met on a fresh sample, which joins the old one where it is not."""
         fresh = monitor_of(self.reader, self.held_out, self.generator, self.choice)
         fresh.refresh()
-        error = fresh.relative(self._errors_on(fresh))
+        error = fresh.relative(_errors_on(fresh, self._last))
         self.best = (error, len(fresh.index), *self._last)
         self.converged = error <= self.tol
         if not self.converged:
             self.monitor.join(fresh)
-            self._errors = self._errors_on(self.monitor)
+            self._errors = _errors_on(self.monitor, self._last)
             self.history[-1] = self.history[-1]._replace(error=error)
         return self.converged
-
-    def _errors_on(self, monitor: HeldOut) -> Tensor:
-        if not len(monitor.index):
-            return torch.zeros(0, dtype=torch.float64)
-        return (tucker_entries(self._last[0], self._last[1], monitor.index) - monitor.values).abs()
 
     def _worst(self) -> Tensor:
         """The held-out entries of largest error; they are used from here on."""
