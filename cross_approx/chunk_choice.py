@@ -125,10 +125,10 @@ class ChunkChoice:
         return chunks
 
     def masses(self) -> list[Tensor]:
-        """Of every mode, how much is stored at each of its indices."""
+        """Of every mode, one at the indices where anything is stored."""
         stored = self._volume * self.stored
         sums = [stored.movedim(k, 0).reshape(count, -1).sum(1) for k, count in enumerate(self.counts)]
-        return [(line / size)[number] for line, size, number in zip(sums, self.lengths, self.number, strict=True)]
+        return [(line > 0).double()[number] for line, number in zip(sums, self.number, strict=True)]
 
     def snap(self, places: Int[Tensor, "p d"]) -> Int[Tensor, "p d"]:
         """The places with every coordinate moved to the next one where pivots are allowed."""
@@ -208,8 +208,8 @@ class ChunkChoice:
         score = self.stored.double()
         for k in range(score.ndim):
             pad = torch.zeros_like(score.narrow(k, 0, 1))
-            wide = torch.cat([pad, score, pad], k)
-            score = sum(wide.narrow(k, step, score.shape[k]) for step in range(3))
+            wide, n = torch.cat([pad, score, pad], k), score.shape[k]
+            score = wide.narrow(k, 0, n) + wide.narrow(k, 1, n) + wide.narrow(k, 2, n)
         score = score + 1e-3 * torch.rand(score.shape, generator=generator, dtype=torch.float64)
         # held chunks are chosen as often as others: were they fitted to on purpose, the error there would be too small
         open_ = self.stored & ~self.chosen
@@ -274,10 +274,18 @@ class ChunkHeldOut(HeldOut):
     def _uniform(self, count: int) -> Tensor:
         drawn = self.choice.drawn
         at = drawn[torch.randint(len(drawn), (count,), generator=self.generator)]
+        index = self._within(at)
+        for _ in range(8):  # of the same chunk: where entries were used must not decide which chunks are looked at
+            used = self.reader.used(index).nonzero()[:, 0]
+            index[used] = self._within(at[used])
+        return index
+
+    def _within(self, chunks: Tensor) -> Tensor:
+        """A uniform entry of each of the chunks."""
         columns = []
-        for k, number in enumerate(torch.unravel_index(at, self.choice.counts)):
+        for k, number in enumerate(torch.unravel_index(chunks, self.choice.counts)):
             length = self.choice.lengths[k][number]
-            place = torch.rand(count, generator=self.generator, dtype=torch.float64) * length
+            place = torch.rand(len(chunks), generator=self.generator, dtype=torch.float64) * length
             columns.append(self._starts[k][number] + place.long().minimum(length - 1))
         return torch.stack(columns, 1)
 

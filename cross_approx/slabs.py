@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from cross_approx.chunk_choice import ChunkChoice
+from cross_approx.held_out import HeldOut
 from cross_approx.reader import Reader
 from cross_approx.sampled_fit import ITERATIONS, Block, fit_train, fit_train_core
 
@@ -57,16 +58,17 @@ def read_slabs(
     ranks: Sequence[int],
     masses: Sequence[Inexact[Tensor, "_n"]],
     choice: ChunkChoice | None,
-    spare: int,
+    held: HeldOut,
 ) -> list[Block] | None:
-    """All slabs in one request; as many indices a mode as `max_evals` allows, `spare` entries left over.
+    """All slabs in one request; as many indices a mode as `max_evals` allows.
 
+    Held-out entries have the weight zero, so that they say how good a fit is however much was read around them.
     Entries of chunks that were not chosen have the weight `SOFT`; those of chunks that are not stored are known and
     not asked for. None where not even the ranks themselves fit.
     """
     room = float(MOST)
     if reader.max_evals is not None:
-        room = min(room, reader.max_evals - reader.evaluations - spare)
+        room = min(room, reader.max_evals - reader.evaluations)
     over = OVERSAMPLING if reader.max_evals is None else 2 * OVERSAMPLING
     while True:
         sets = spread_sets(reader.sizes, ranks, over, masses)
@@ -77,10 +79,8 @@ def read_slabs(
         asked = 0
         if total <= 4 * MOST:
             asks = [_asked(product, choice) for product in products]
-            asked = sum(
-                prod(len(s) for s in product) if ask is None else int(ask.sum())
-                for product, ask in zip(products, asks, strict=True)
-            )
+            asked = sum(_number(product, ask) for product, ask in zip(products, asks, strict=True))
+            asked -= (len(sets) - 1) * _number(sets, _asked(sets, choice))  # what all slabs share is read once
             if total <= MOST and asked <= room:
                 break
         over *= 0.985
@@ -96,13 +96,34 @@ def read_slabs(
     for product, ask, found in zip(products, asks, values, strict=True):
         shape = [len(s) for s in product]
         if choice is None or ask is None:
-            blocks.append(Block(tuple(product), found.reshape(shape)))
+            blocks.append(_without(Block(tuple(product), found.reshape(shape)), held))
             continue
         empty = choice.box(~choice.stored, product)
         dense = torch.where(empty, choice.fill, 0.0).to(found.dtype)
         dense[ask] = found
-        blocks.append(Block(tuple(product), dense, torch.where(ask | empty, 1.0, SOFT).double()))
+        weights = torch.where(ask | empty, 1.0, SOFT).double()
+        blocks.append(_without(Block(tuple(product), dense, weights), held))
     return blocks
+
+
+def _without(block: Block, held: HeldOut) -> Block:
+    """The block with nothing known at the held-out entries, unless these are all entries."""
+    if held.exhausted or not len(held.index):
+        return block
+    places, inside = [], torch.ones(len(held.index), dtype=torch.bool)
+    for k, (indices, n) in enumerate(zip(block.sets, held.reader.sizes, strict=True)):
+        position = torch.full((n,), -1)
+        position[indices] = torch.arange(len(indices))
+        places.append(position[held.index[:, k]])
+        inside &= places[-1] >= 0
+    at = tuple(place[inside] for place in places)
+    weights = torch.ones(block.values.shape, dtype=torch.float64) if block.weights is None else block.weights.clone()
+    weights[at] = 0.0
+    return Block(block.sets, block.values.index_put(at, block.values.new_zeros(())), weights)
+
+
+def _number(product: Sequence[Tensor], ask: Tensor | None) -> int:
+    return prod(len(s) for s in product) if ask is None else int(ask.sum())
 
 
 def _asked(product: Sequence[Tensor], choice: ChunkChoice | None) -> Tensor | None:
@@ -117,14 +138,14 @@ def slab_basis(block: Block, mode: int, rank: int) -> Inexact[Tensor, "n r"]:
 
 
 def fit_capped_train(
-    reader: Reader, ranks: Sequence[int], cores: list[Inexact[Tensor, "_r _n _s"]], choice: ChunkChoice, spare: int
+    reader: Reader, ranks: Sequence[int], cores: list[Inexact[Tensor, "_r _n _s"]], choice: ChunkChoice, held: HeldOut
 ) -> list[Inexact[Tensor, "_r _n _s"]] | None:
     """A train of these ranks fitted to slabs; of order 3 from the slabs' own bases, else from the cores given.
 
     None where the limits do not let it.
     """
     around = [1, *ranks, 1]
-    blocks = read_slabs(reader, [max(pair) for pair in pairwise(around)], choice.masses(), choice, spare)
+    blocks = read_slabs(reader, [max(pair) for pair in pairwise(around)], choice.masses(), choice, held)
     if blocks is None:
         return None
     cores = [core.to(blocks[0].values.dtype) for core in cores]

@@ -266,11 +266,11 @@ class _Search:
     def _fit(self, held_out: int) -> None:
         """The train fitted to slabs; it and the cross are compared on a fresh sample."""
         assert self.choice is not None
-        fitted = fit_capped_train(self.reader, self.caps, self._last, self.choice, held_out)
-        if fitted is None:
-            return
         fresh = monitor_of(self.reader, held_out, self.generator, self.choice)
         fresh.refresh()
+        fitted = fit_capped_train(self.reader, self.caps, self._last, self.choice, fresh)
+        if fitted is None:
+            return
         found = [([core.to(self.reader.dtype) for core in fitted], []), (self._last, self._last_pivots)]
         measured = [(fresh.relative(fresh.errors(cores)), len(fresh.index), cores, pivots) for cores, pivots in found]
         self.best = min(measured, key=lambda entry: entry[0])

@@ -289,16 +289,15 @@ class _Search:
     def _fit(self) -> None:
         """A network fitted to slabs, if the limits let it; it and the cross are compared on a fresh sample."""
         ranks = [len(p) for p in self.pivots]
-        spare = self.held_out + 2 * len(self.monitor.index)
-        blocks = read_slabs(self.reader, ranks, self.masses, self.choice, spare)
+        fresh = monitor_of(self.reader, self.held_out, self.generator, self.choice)
+        fresh.refresh()
+        blocks = read_slabs(self.reader, ranks, self.masses, self.choice, fresh)
         if blocks is None:
             return
         factors = [slab_basis(block, k, r) for k, (block, r) in enumerate(zip(blocks, ranks, strict=True))]
         core = torch.zeros(ranks, dtype=blocks[0].values.dtype)
         core, factors = fit_tucker(blocks, core, factors, FIT_SWEEPS)
         cross, fitted = self._last, self._rounded(core, factors, [])
-        fresh = monitor_of(self.reader, self.held_out, self.generator, self.choice)
-        fresh.refresh()
         found = [(fresh.relative(_errors_on(fresh, last)), len(fresh.index), *last) for last in (fitted, cross)]
         self.best = min(found, key=lambda entry: entry[0])
         self.converged = self.best[0] <= self.tol
