@@ -71,6 +71,10 @@ class HeldOut:
                 self.index, self.values, self.near = self.index[:0], self.values[:0], self.near[:0]
             self._append(self._all() if self.numel <= ENUMERATE else self._uniform(missing), False)
 
+    def anew(self, count: int) -> "HeldOut":
+        """Another sample of the same kind, not drawn yet."""
+        return type(self)(self.reader, count, self.generator)
+
     def join(self, other: "HeldOut") -> None:
         """Take over the sample of another one."""
         self.index, self.values = torch.cat([self.index, other.index]), torch.cat([self.values, other.values])

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
 from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows, more_rows
 from cross_approx.reader import Entries, LimitReached, Reader, check_limits, norm, open_source
 from cross_approx.result import CrossResult, Sweep
+from cross_approx.slabs import fit_capped_train
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
 from decompositions.linalg import check_ranks, check_tol, safe_svd
@@ -38,6 +40,7 @@ def tt_cross(
     max_seconds: int | float | None = None,
     max_sweeps: int = 40,
     start: int | Int[Tensor, "p d"] = 2,
+    chunk_fraction: int | float | None = None,
     held_out: int = 1000,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
@@ -76,6 +79,9 @@ def tt_cross(
         max_seconds: stop after so many seconds (looked at between batches, which are made small enough for it).
         max_sweeps: sweeps at most, a sweep being one pass in one direction.
         start: number of start points, chosen among uniform samples by size, or the points themselves.
+        chunk_fraction: part of the bytes of a chunked source that may be touched, as in `ChunkChoice`: pivots stay in a
+            few columns of chunks, and the uniform held-out entries come from some random chunks. Where `rank` binds the
+            train is then fitted to slabs, as `tucker_cross` does. None: all.
         held_out: entries of the last check; a fifth of it guides the sweeps.
         generator: of samples and of random columns.
         progress: called with (sweep, max_sweeps, text) after every sweep.
@@ -107,9 +113,11 @@ def tt_cross(
     sizes = tuple(int(n) for n in opened.shape)
     caps = check_ranks("tt_cross", rank, chain_ranks(sizes))
     points = _check_start("tt_cross", start, sizes)
-    reader = Reader("tt_cross", opened, max_evals, max_bytes, max_seconds, reserve=held_out)
-    monitor = HeldOut(reader, max(2, held_out // 5), generator)
-    search = _Search(reader, monitor, float(tol), caps, generator)
+    choice = choose_chunks("tt_cross", opened, chunk_fraction, generator)
+    known = opened if choice is None else KnownSource(opened, choice)
+    reader = Reader("tt_cross", known, max_evals, max_bytes, max_seconds, reserve=held_out)
+    monitor = monitor_of(reader, max(2, held_out // 5), generator, choice)
+    search = _Search(reader, monitor, float(tol), caps, generator, choice)
     return run_search(search, points, held_out, max_sweeps, progress)
 
 
@@ -135,7 +143,7 @@ def run_search(
         reason = str(limit)
     if not search.converged:
         search.check(held_out)
-    return search.result(reason)
+    return search.result(reason if search.choice is None else reason + search.choice.reach)
 
 
 def _check_start(name: str, start: int | Tensor, sizes: tuple[int, ...]) -> int | Tensor:
@@ -156,17 +164,24 @@ class _Search:
     """The state between sweeps. Sets are kept in the order of the sweep: backward ones see the modes reversed."""
 
     def __init__(
-        self, reader: Entries, monitor: HeldOut, tol: float, caps: list[int], generator: torch.Generator | None
+        self,
+        reader: Entries,
+        monitor: HeldOut,
+        tol: float,
+        caps: list[int],
+        generator: torch.Generator | None,
+        choice: ChunkChoice | None = None,
     ) -> None:
         self.reader, self.monitor, self.generator = reader, monitor, generator
         self.order = len(reader.sizes)
+        self.choice = choice
         self.forward = True
         self.aim(tol, caps)
         self.pivots: dict[bool, list[Tensor]] = {}  # of the last sweep in either direction
         self.history: list[Sweep] = []
         self.best: tuple[float, int, list[Tensor], list[Tensor]] | None = None
         self.converged = False
-        self.full = self.capped = self.at_floor = False
+        self.full = self.capped = self.at_floor = self.checked = False
 
     def aim(self, tol: float, caps: list[int]) -> None:
         """What to reach from here on."""
@@ -182,6 +197,7 @@ class _Search:
             order = sizes.argsort(descending=True)
             order = order[(~self.monitor.near[order]).to(torch.uint8).argsort(stable=True)]
             start = self.monitor.index[order[:start]]
+        start = start if self.choice is None else self.choice.snap(start)
         self.ahead = [_distinct(start[:, k:]) for k in range(self.order + 1)]
         self.sure = [len(ahead) for ahead in self.ahead]  # so many of them are read whatever the others look like
 
@@ -193,6 +209,7 @@ class _Search:
             min(max(2 * cap, cap + 4), most)
             for cap, most in zip(self.caps, chain_ranks(self.reader.sizes), strict=True)
         ]
+        caps = self.caps if self.choice is not None else caps  # then slabs serve for what is beyond
         caps = caps if self.forward else caps[::-1]
         scale = self.monitor.root_mean_square()
         noise = torch.finfo(self.reader.dtype).eps
@@ -207,24 +224,26 @@ class _Search:
             tails = first * (s / first).square().flip(0).cumsum(0).flip(0).sqrt()
             size, least = float(tails[0]), self.cut * scale * sqrt(values.numel())
             shown = max(1, int((tails > max(least, noise * size)).sum()))
-            r = min(shown, caps[k])
+            choices = _grid(behind[k], sizes[k])
+            inside = self._inside(choices[:, -1], k)
+            r = min(shown, caps[k], len(inside))
             floors.append(least <= noise * size)
-            capped |= r < shown or (r == values.shape[1] == caps[k] < possible[k])
+            capped |= r < shown or (self.choice is None and r == values.shape[1] == caps[k] < possible[k])
             saturated = r == values.shape[1] and r < caps[k] and not passed_over
             full |= saturated
-            choices = _grid(behind[k], sizes[k])
             weights = torch.ones(len(choices), 1, dtype=values.dtype)
             if kept is not None:
                 weights[_member(choices, kept[k + 1])] = KEPT
-            rows, _ = dominant_rows(weights * u[:, :r], 0.1)
+            places, _ = dominant_rows((weights * u[:, :r])[inside], 0.1)
+            rows = inside[places]
             core = torch.linalg.solve(u[rows, :r], u[:, :r], left=False)
             cores.append(core.reshape(len(behind[k]), sizes[k], r))
             behind.append(choices[rows])
-            room = min(len(choices), max(r, caps[k]) + 2)
+            room = min(len(inside), max(r, caps[k]) + 2)
             more = min(room, r + (max(2, r // 2) if saturated else 1))
-            extra = [choices[more_rows(core, rows, 1.0, more, more)]]
+            extra = [choices[inside[more_rows(core[inside], places, 1.0, more, more)]]]
             if r < caps[k]:
-                extra.append(choices[torch.randint(len(choices), (1,), generator=self.generator)])
+                extra.append(choices[inside[torch.randint(len(inside), (1,), generator=self.generator)]])
                 extra.append(worst[:, : k + 1])
             others = _distinct(torch.cat(extra))
             columns.append(torch.cat([behind[-1], others[~_member(others, behind[-1])]]))
@@ -266,6 +285,9 @@ class _Search:
             errors[-1] = error
         eps = torch.finfo(self.reader.dtype).eps
         stuck = len(errors) > 3 and min(errors[-3:]) > 0.7 * min(errors[:-3])
+        if self.choice is not None and self.capped:
+            self._fit(held_out)
+            return "the held-out error meets tol" if self.converged else "the rank cap binds"
         if stuck and self.capped and not self.full:
             return "the rank cap binds"
         if stuck and min(errors) <= (sqrt(eps) if self.at_floor else min(1e3 * eps, 0.1 * sqrt(eps))):
@@ -284,7 +306,7 @@ class _Search:
 
     def check(self, held_out: int) -> None:
         """Replace the error of the best train, least among several on the monitor, by that on a fresh sample."""
-        if self.best is None:
+        if self.best is None or self.checked:
             return
         with suppress(LimitReached):
             fresh = self._fresh(held_out)
@@ -294,10 +316,31 @@ class _Search:
 
     def _fresh(self, count: int) -> HeldOut:
         """A new sample of so many entries, or of what `max_evals` leaves."""
-        fresh = type(self.monitor)(self.reader, max(2, min(count, self.reader.left)), self.generator)
+        fresh = self.monitor.anew(max(2, min(count, self.reader.left)))
         with self.reader.whole_limit():
             fresh.refresh()
         return fresh
+
+    def _fit(self, held_out: int) -> None:
+        """The train fitted to slabs; it and the cross are compared on a fresh sample."""
+        assert self.choice is not None
+        fresh = self._fresh(held_out)
+        fitted = fit_capped_train(self.reader, self.caps, self._last, self.choice, fresh)
+        if fitted is None:
+            return
+        found = [([core.to(self.reader.dtype) for core in fitted], []), (self._last, self._last_pivots)]
+        measured = [(fresh.relative(fresh.errors(cores)), len(fresh.index), cores, pivots) for cores, pivots in found]
+        self.best, self.checked = min(measured, key=lambda entry: entry[0]), True
+        self.converged = self.best[0] <= self.tol
+        line = self.history[-1]
+        self.history.append(Sweep(line.sweep + 1, self.reader.evaluations, self.best[0], max(self.caps)))
+
+    def _inside(self, indices: Tensor, k: int) -> Tensor:
+        """Which rows are allowed to be pivots of the bond after the k-th mode of the sweep."""
+        if self.choice is None:
+            return torch.arange(len(indices))
+        allowed = self.choice.allowed[k if self.forward else self.order - 1 - k]
+        return torch.isin(indices, allowed).nonzero()[:, 0]
 
     def result(self, reason: str) -> CrossResult:
         """The best train so far."""
@@ -340,6 +383,7 @@ class _Search:
             return torch.zeros(0, self.order, dtype=torch.long)
         largest = self._errors.topk(min(2, len(self._errors)))
         index = self.monitor.index[largest.indices[largest.values > 0]]
+        index = index if self.choice is None else self.choice.snap(index)
         return index if self.forward else index.flip(1)
 
     def _ranks(self) -> list[int]:

@@ -343,4 +343,3 @@ def test_a_probe_that_is_not_finite_is_refused_only_where_it_is_read(rng):
         reader.read(torch.tensor([[0, 0]]))
     with pytest.raises(ValueError, match=r"must be finite, got inf at index \(0, 0\)"):
         tt_cross(function, shape=(4, 4), generator=rng)
-
