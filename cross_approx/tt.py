@@ -245,6 +245,8 @@ class _Search:
             if r < caps[k]:
                 extra.append(choices[inside[torch.randint(len(inside), (1,), generator=self.generator)]])
                 extra.append(worst[:, : k + 1])
+            if sizes[k] == 1:  # nothing to choose from here: what the bond before had to offer goes on
+                extra.append(_grid(columns[k], 1))
             others = _distinct(torch.cat(extra))
             columns.append(torch.cat([behind[-1], others[~_member(others, behind[-1])]]))
         last = self._block(behind[-1], sizes[-1], torch.zeros(1, 0, dtype=torch.long))
@@ -305,14 +307,15 @@ class _Search:
         return None
 
     def check(self, held_out: int) -> None:
-        """Replace the error of the best train, least among several on the monitor, by that on a fresh sample."""
+        """The error of the best train, least among several on the monitor, against a fresh sample: the larger one."""
         if self.best is None or self.checked:
             return
         with suppress(LimitReached):
             fresh = self._fresh(held_out)
             if len(fresh.index) >= min(held_out, self.best[1]):
                 cores = self.best[2]
-                self.best = (fresh.relative(fresh.errors(cores)), len(fresh.index), cores, self.best[3])
+                error = max(self.best[0], fresh.relative(fresh.errors(cores)))
+                self.best = (error, len(fresh.index), cores, self.best[3])
 
     def _fresh(self, count: int) -> HeldOut:
         """A new sample of so many entries, or of what `max_evals` leaves."""
@@ -379,7 +382,7 @@ class _Search:
 
     def _worst(self) -> Tensor:
         """The held-out entries of largest error, in the order of the sweep; they are used from here on."""
-        if not self.history or self.monitor.exhausted or len(self._errors) != len(self.monitor.index):
+        if not self.history or len(self._errors) != len(self.monitor.index):
             return torch.zeros(0, self.order, dtype=torch.long)
         largest = self._errors.topk(min(2, len(self._errors)))
         index = self.monitor.index[largest.indices[largest.values > 0]]

@@ -54,7 +54,9 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_low_rank_in_disguise_is_found(name, rng):
     shape, function, rank = EXACT[name]
-    result = tt_cross(function, shape=shape, tol=1e-9, max_evals=1_000_000, generator=rng)
+    # the last step of the sum is one entry in a thousand: of a small tensor all entries are compared
+    held_out = 25_000 if math.prod(shape) < 25_000 else 1000
+    result = tt_cross(function, shape=shape, tol=1e-9, max_evals=1_000_000, held_out=held_out, generator=rng)
     assert result.converged, result.reason
     assert max(result.network.ranks) == rank
     assert true_error(result, function, shape, rng) <= 1e-8
@@ -72,13 +74,13 @@ HOPELESS = {
 @pytest.mark.parametrize("name", HOPELESS)
 def test_what_has_no_small_rank_ends_soon_and_is_not_called_converged(name, rng):
     shape, function, least = HOPELESS[name]
-    result = tt_cross(function, shape=shape, tol=1e-8, max_evals=400_000, generator=rng)
+    result = tt_cross(function, shape=shape, tol=1e-8, max_evals=600_000, generator=rng)
     assert not result.converged
     assert "noise floor" not in result.reason  # of the dtype: 1e-16
     assert result.error > least
     true = true_error(result, function, shape, rng)
     assert 0.5 * true < result.error < 2 * true
-    if "noise" in name:
+    if name == "noise":
         assert "did not lower its error" in result.reason
 
 
@@ -126,11 +128,14 @@ def third_call(then):
 @pytest.mark.parametrize(
     ("then", "error", "message"),
     [
-        (lambda i: torch.ones(len(i) + 1, dtype=F64), ValueError, r"expected \((\d+),\), got \(\d+,\)"),
-        (lambda i: torch.ones(len(i), 1, dtype=F64), ValueError, r"expected \(\d+,\), got \(\d+, 1\)"),
-        (lambda i: None, ValueError, "got NoneType"),
-        (lambda i: torch.ones(len(i)), TypeError, "expected torch.float64 as in its first batch, got torch.float32"),
-        (lambda i: torch.ones(len(i), dtype=torch.complex128), TypeError, "one dtype.*got torch.complex128"),
+        (lambda i: torch.ones(len(i) + 1, dtype=F64), ValueError, r"shape \(B = \d+,\), got \(\d+,\)"),
+        (lambda i: torch.ones(len(i), 1, dtype=F64), ValueError, r"shape \(B = \d+,\), got \(\d+, 1\)"),
+        (lambda i: None, TypeError, "got NoneType"),
+        (
+            lambda i: torch.ones(len(i), dtype=torch.complex128),
+            TypeError,
+            r"values of torch.float64, got torch.complex128",
+        ),
         (lambda i: torch.full((len(i),), math.inf, dtype=F64), ValueError, r"must be finite, got inf at index \("),
         (lambda i: {}["missing chunk"], KeyError, "missing chunk"),
     ],
