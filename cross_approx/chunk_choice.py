@@ -17,7 +17,8 @@ HELD_SHARE = 0.05
 """Part of the bytes allowed that goes to random chunks, where entries are held out."""
 
 PIVOT_SHARE = 0.25
-"""Part of the bytes allowed that the columns of the pivots may take; the rest is for a fit."""
+"""Part of the bytes allowed that the columns of the pivots may take where the store lacks chunks; the rest is for a
+fit."""
 
 
 @singledispatch
@@ -76,7 +77,7 @@ class ChunkChoice:
         ...     shape, chunks, dtype, device = (64, 64, 64), (8, 8, 8), torch.float64, torch.device("cpu")
         >>> choice = ChunkChoice("tt_cross", Chunked(), 0.2, torch.Generator().manual_seed(0))
         >>> [len(indices) for indices in choice.allowed], choice.share(choice.chosen | choice.held) <= 0.2
-        ([16, 8, 8], True)
+        ([16, 16, 16], True)
     """
 
     def __init__(self, name: str, source: Any, fraction: int | float, generator: torch.Generator | None) -> None:
@@ -125,10 +126,19 @@ class ChunkChoice:
         return chunks
 
     def masses(self) -> list[Tensor]:
-        """Of every mode, one at the indices where anything is stored."""
-        stored = self._volume * self.stored
-        sums = [stored.movedim(k, 0).reshape(count, -1).sum(1) for k, count in enumerate(self.counts)]
-        return [(line > 0).double()[number] for line, number in zip(sums, self.number, strict=True)]
+        """Of every mode, one at the indices through which slabs for a fit should go.
+
+        Where chunks are missing from the store, most of the others are read, and these are all indices with any of
+        them. Else an entry that is not read could be anything, and slabs stay in the columns of the pivots.
+        """
+        if bool(self.stored.all()):
+            return [
+                torch.zeros(len(number), dtype=torch.float64).index_fill(0, allowed, 1.0)
+                for number, allowed in zip(self.number, self.allowed, strict=True)
+            ]
+        others = [[axis for axis in range(self.stored.ndim) if axis != k] for k in range(self.stored.ndim)]
+        lines = [self.stored.sum(axes) if axes else self.stored for axes in others]
+        return [(line > 0).double()[number] for line, number in zip(lines, self.number, strict=True)]
 
     def snap(self, places: Int[Tensor, "p d"]) -> Int[Tensor, "p d"]:
         """The places with every coordinate moved to the next one where pivots are allowed."""
@@ -161,6 +171,8 @@ class ChunkChoice:
 
     def _columns(self, name: str, fraction: float) -> None:
         counts = [1] * len(self.counts)
+        # a fit stays in the columns too where nothing is known of other chunks
+        share = 1 - HELD_SHARE if bool(self.stored.all()) else PIVOT_SHARE
         columns = [self._spread(k, 1) for k in range(len(counts))]
         least = self.share(self._touched(columns))
         if least > (1 - HELD_SHARE) * fraction:
@@ -175,7 +187,7 @@ class ChunkChoice:
                 if counts[k] == self.counts[k]:
                     continue
                 more = [*columns[:k], self._spread(k, counts[k] + 1), *columns[k + 1 :]]
-                if fraction == 1 or self.share(self._touched(more)) <= PIVOT_SHARE * fraction:
+                if fraction == 1 or self.share(self._touched(more)) <= share * fraction:
                     columns, growing = more, True
                     counts[k] += 1
                     break

@@ -7,7 +7,6 @@ from math import ceil, prod
 import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from cross_approx.chunk_choice import ChunkChoice
 from cross_approx.held_out import HeldOut
@@ -30,7 +29,7 @@ SOFT = 0.1
 def spread_sets(
     sizes: Sequence[int], ranks: Sequence[int], over: float, masses: Sequence[Inexact[Tensor, "_n"]]
 ) -> list[Int[Tensor, "_q"]]:
-    """Of every mode about `over` times its rank indices, spread evenly over its mass.
+    """Of every mode about `over` times its rank indices, spread evenly over its mass; none where that is zero.
 
     Example:
         >>> ones = [torch.ones(9), torch.ones(4)]
@@ -39,12 +38,9 @@ def spread_sets(
     """
     sets = []
     for n, r, mass in zip(sizes, ranks, masses, strict=True):
-        count = min(n, ceil(over * r))
-        wide = n // 8 * 2 + 1  # the fibers are few: their mass is a hint, not a map
-        mass = avg_pool1d(mass.double()[None], wide, 1, wide // 2, count_include_pad=False)[0]
-        mass = mass + 0.02 * mass.mean() + 1e-300
+        count = min(int((mass > 0).sum()), ceil(over * r))
         marks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        places = torch.searchsorted(mass.cumsum(0) / mass.sum(), marks).clamp(max=n - 1).unique()
+        places = torch.searchsorted(mass.double().cumsum(0) / float(mass.sum()), marks).clamp(max=n - 1).unique()
         rest = torch.ones(n, dtype=torch.bool)
         rest[places] = False
         others = rest.nonzero()[:, 0]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
 from cross_approx.held_out import HeldOut
@@ -159,6 +160,13 @@ def _errors_on(monitor: HeldOut, found: Found) -> Tensor:
     return (tucker_entries(found[0], found[1], monitor.index) - monitor.values).abs()
 
 
+def _smooth(mass: Tensor) -> Tensor:
+    """Positive and averaged over a quarter of the mode: fibers are few, so their mass is a hint and no map."""
+    side = len(mass) // 8
+    mass = avg_pool1d(mass[None], 2 * side + 1, 1, side, count_include_pad=False)[0]
+    return mass + 0.02 * mass.mean() + 1e-300
+
+
 class _Search:
     """The state between sweeps."""
 
@@ -267,7 +275,7 @@ class _Search:
             index[:, k] = torch.arange(n).repeat(len(places))
             values = self.reader.read(index).reshape(len(places), n).mT
             u, s, _ = safe_svd(values)
-            self.masses[k] = torch.linalg.vector_norm(values, dim=1).sqrt()
+            self.masses[k] = _smooth(torch.linalg.vector_norm(values, dim=1).sqrt())
             tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
             size = float(tails[0])
             least = self.cut * self.monitor.root_mean_square() * sqrt(values.numel())
@@ -291,7 +299,8 @@ class _Search:
         ranks = [len(p) for p in self.pivots]
         fresh = monitor_of(self.reader, self.held_out, self.generator, self.choice)
         fresh.refresh()
-        blocks = read_slabs(self.reader, ranks, self.masses, self.choice, fresh)
+        masses = self.masses if self.choice is None else self.choice.masses()
+        blocks = read_slabs(self.reader, ranks, masses, self.choice, fresh)
         if blocks is None:
             return
         factors = [slab_basis(block, k, r) for k, (block, r) in enumerate(zip(blocks, ranks, strict=True))]
