@@ -2,6 +2,7 @@
 
 from cross_approx.chunked import ChunkedSource as ChunkedSource
 from cross_approx.chunked import ChunkError as ChunkError
+from cross_approx.cluster import ClusterSource as ClusterSource
 from cross_approx.differentiable import DifferentiableCross as DifferentiableCross
 from cross_approx.differentiable import differentiable_cross as differentiable_cross
 from cross_approx.maxvol import maxvol as maxvol
