@@ -21,6 +21,9 @@ from cross_approx.source import CACHE_BYTES, as_source
 Box = tuple[slice, ...]
 Sums = dict[str, Tensor]
 
+PATIENCE = 2
+"""Seconds between two looks at whether the workers that tasks prefer are alive."""
+
 _CACHE = ChunkCache(0)  # of this process, where it is a worker: (source, chunk) -> chunk
 _LOCK = threading.Lock()
 
@@ -213,8 +216,19 @@ class ClusterSource(ChunkedSource):
         return values.to(self.device)
 
     def _answers(self, name: str, parts: list[_Part]) -> list[dict[str, Any]]:
-        futures = self._ask_blocks(parts) if self._array is not None else self._ask(name, parts)
-        _package("distributed").wait(futures)
+        wait = _package("distributed").wait
+        ask = self._ask_blocks if self._array is not None else partial(self._ask, name)
+        futures, homes = ask(parts, self._workers())
+        while True:
+            try:
+                wait(futures, timeout=PATIENCE)
+                break
+            except TimeoutError:
+                # a task whose home died while no other worker lived is never given to a new one
+                alive = self._workers()
+                lost = [n for n, f in enumerate(futures) if f.status == "pending" and homes[n] not in (None, *alive)]
+                for n, future in zip(lost, ask([parts[n] for n in lost], [])[0], strict=True):
+                    futures[n], homes[n] = future, None
         done = [future for future in futures if future.status == "finished"]
         found = dict(zip((future.key for future in done), self._client.gather(done), strict=True))
         return [
@@ -232,19 +246,25 @@ class ClusterSource(ChunkedSource):
         )
         return {"failure": (message, key, region)}
 
-    def _ask(self, name: str, parts: list[_Part]) -> list[Any]:
-        workers = sorted(self._client.scheduler_info(n_workers=-1)["workers"])
+    def _workers(self) -> list[str]:
+        return sorted(self._client.scheduler_info(n_workers=-1)["workers"])
+
+    def _ask(self, name: str, parts: list[_Part], workers: list[str]) -> tuple[list[Any], list[str | None]]:
+        """One task a chunk, and the worker that it prefers."""
         counts = [len(edges) - 1 for edges in self._edges]
-        futures = []
+        futures: list[Any] = []
+        homes: list[str | None] = []
         for part in parts:
             # a chunk goes to the same worker again, which may have kept it; to another one where that is gone
             number = int(np.ravel_multi_index(part.key, counts)) if part.key else 0
-            home = {"workers": [workers[number % len(workers)]], "allow_other_workers": True} if workers else {}
+            homes.append(workers[number % len(workers)] if workers else None)
+            where = {"workers": [homes[-1]], "allow_other_workers": True} if workers else {}
             key, budget = (self._token, *part.key), self._cache.budget
-            futures.append(self._task(name, _answer, self._remote(), key, budget, name, _compact(part.take), **home))
-        return futures
+            take = _compact(part.take)
+            futures.append(self._task(name, _answer, self._remote(), key, budget, name, take, **where))
+        return futures, homes
 
-    def _ask_blocks(self, parts: list[_Part]) -> list[Any]:
+    def _ask_blocks(self, parts: list[_Part], workers: list[str]) -> tuple[list[Any], list[str | None]]:
         dask = _package("dask")
         answer, rules = dask.delayed(_answer_block, pure=False), self._rules(dask)
         tasks = []
@@ -254,7 +274,7 @@ class ClusterSource(ChunkedSource):
                 block = block.blocks[tuple(axis[c] for axis, c in zip(self._blocks, part.key, strict=True))]
             region = self._region(part.key)
             tasks.append(answer(rules, block.to_delayed().item(), region, dask.delayed(_compact(part.take))))
-        return list(self._client.compute(tasks, retries=self._retries))
+        return list(self._client.compute(tasks, retries=self._retries)), [None] * len(parts)
 
 
 def _as_it_is(source: ChunkedSource) -> ChunkedSource:
