@@ -216,21 +216,31 @@ class ClusterSource(ChunkedSource):
         return values.to(self.device)
 
     def _answers(self, name: str, parts: list[_Part]) -> list[dict[str, Any]]:
-        wait = _package("distributed").wait
+        distributed = _package("distributed")
         ask = self._ask_blocks if self._array is not None else partial(self._ask, name)
         futures, homes = ask(parts, self._workers())
+        found: dict[str, dict[str, Any]] = {}
         while True:
             try:
-                wait(futures, timeout=PATIENCE)
-                break
+                distributed.wait(futures, timeout=PATIENCE)
+                # a finished answer may be lost with its worker before it is fetched: it is made again, and waited for
+                whole = [f for f in futures if f.status not in ("error", "cancelled")]
+                if all(f.status == "finished" for f in whole):
+                    found = dict(zip((f.key for f in whole), self._client.gather(whole), strict=True))
+                    break
             except TimeoutError:
                 # a task whose home died while no other worker lived is never given to a new one
                 alive = self._workers()
-                lost = [n for n, f in enumerate(futures) if f.status == "pending" and homes[n] not in (None, *alive)]
+                lost = [
+                    n
+                    for n, f in enumerate(futures)
+                    if f.status in ("pending", "lost") and homes[n] not in (None, *alive)
+                ]
                 for n, future in zip(lost, ask([parts[n] for n in lost], [])[0], strict=True):
                     futures[n], homes[n] = future, None
-        done = [future for future in futures if future.status == "finished"]
-        found = dict(zip((future.key for future in done), self._client.gather(done), strict=True))
+            except Exception:  # raised by a task that was made again: then its future says so
+                if not any(f.status in ("error", "cancelled") for f in futures):
+                    raise
         return [
             found[future.key] if future.key in found else self._failure(name, part.key, future)
             for part, future in zip(parts, futures, strict=True)
@@ -238,7 +248,7 @@ class ClusterSource(ChunkedSource):
 
     def _failure(self, name: str, key: Key, future: Any) -> dict[str, Any]:
         """A computation of a dask array raised, or the workers that tried it died."""
-        region, error = self._region(key), future.exception()
+        region, error = self._region(key), future.exception() if future.status == "error" else "cancelled"
         box = ", ".join(f"{s.start}:{s.stop}" for s in region)
         message = (
             f"{name}: chunk {key} (entries [{box}]) could not be computed by the cluster "

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -283,6 +284,29 @@ def test_all_workers_killed_between_requests(client, tmp_path, x, index):
         os.kill(pid, signal.SIGKILL)
     check(source, x, index)
     assert source.sum_over_boxes(gram)["square"].item() == pytest.approx(np.square(x).sum(), rel=1e-13)
+
+
+def test_a_worker_killed_after_it_answered(client, tmp_path, x, index, monkeypatch):
+    """Answers that were finished and still on a worker that dies are made again, not reported as failures."""
+    distributed = pytest.importorskip("distributed")
+    wait, killed = distributed.wait, []
+
+    def wait_and_kill(futures, **options):
+        result = wait(futures, **options)
+        if not killed:
+            killed.extend(client.run(os.getpid).values())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 30
+            while all(future.status == "finished" for future in futures) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert any(future.status != "finished" for future in futures)
+        return result
+
+    monkeypatch.setattr(distributed, "wait", wait_and_kill)
+    source = wrapped(Formula(tmp_path), client)
+    assert torch.equal(source.entries(index), torch.from_numpy(x)[index.unbind(1)])
+    assert len(killed) == 2
 
 
 def test_a_chunk_that_cannot_be_read_is_named_and_the_rest_kept(client, tmp_path, x):
