@@ -8,6 +8,9 @@ from cross_approx.calculus import quadrature as quadrature
 from cross_approx.calculus import subtensor as subtensor
 from cross_approx.chunked import ChunkedSource as ChunkedSource
 from cross_approx.chunked import ChunkError as ChunkError
+from cross_approx.cluster import ClusterSource as ClusterSource
+from cross_approx.differentiable import DifferentiableCross as DifferentiableCross
+from cross_approx.differentiable import differentiable_cross as differentiable_cross
 from cross_approx.digits import Quantization as Quantization
 from cross_approx.extrema import argmax as argmax
 from cross_approx.extrema import argmin as argmin
