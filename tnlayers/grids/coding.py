@@ -16,7 +16,7 @@ from tnlayers.grids.planes import pack_planes, unpack_planes
 
 CODINGS = ("none", "int8", "planes")
 OCTAVE = 8
-"""Scales of columns are powers of 2^(1/8): one byte each, and what their rounding loses is part of the coded numbers."""
+"""Scales of columns are powers of 2^(-1/8), one byte each; what their rounding takes is in the coded numbers."""
 INT8 = 127
 SMALLEST = 1e-13
 """Step relative to the norm below which double precision has no bits left."""
@@ -120,10 +120,12 @@ def code(net: Network, coding: str, error: int | float = inf) -> Coded:
     projection P_v of W onto the span of the coded basis, the projections commute (their subspaces belong to disjoint or
     nested sets of modes), and the errors add as squares:
 
-        ‖W - Ŵ‖^2 = sum_v ‖(1 - P_v) Π_{u before v} P_u W‖^2 + ‖Q E‖^2  <=  sum_v sum_j s_j^2 ‖(1 - P_v) b_j‖^2 + ‖Q E‖^2
+        ‖W - Ŵ‖^2  =  sum_v ‖(1 - P_v) Π_{u before v} P_u W‖^2 + ‖Q E‖^2
+                  <=  sum_v sum_j s_j^2 ‖(1 - P_v) b_j‖^2 + ‖Q E‖^2
 
-    with b_j the columns of the core, E the rounding of the center and Q its basis. The right side is `Coded.error`; the
-    step is the largest (within 1 %) whose right side is at most `error`. A column that becomes 0 leaves its bond.
+    with b_j the columns of the core in the bases of its children as they are coded, E the rounding of the center and Q
+    its basis. The last line is `Coded.error` (on real grids within 1 % of the true error); the step is
+    the largest (within 1 %) for which it is at most `error`. A column that becomes 0 leaves its bond.
 
     **int8**: levels in -127..127 and a factor for every index of the bond toward the center; its error is what it is,
     bounded in the same way; the same refit.
@@ -256,7 +258,8 @@ class _Task:
             levels[k], scales[k], coded = self._coded(self._applied(core, k, refit), axis, step, self.exponents[bond])
             axes[k] = axis
             basis, truth = (
-                self._applied(*pair).movedim(axis, -1).flatten(0, -2) for pair in ((coded, k, gauge), (core, k, overlap))
+                self._applied(*pair).movedim(axis, -1).flatten(0, -2)
+                for pair in ((coded, k, gauge), (core, k, overlap))
             )
             isometry, gauge[bond] = torch.linalg.qr(basis)
             overlap[bond] = isometry.mT @ truth
