@@ -129,23 +129,22 @@ def decode_entries(network: Network, digits: Digits | None, index: Tensor) -> Te
         >>> import torch
         >>> from decompositions import TT
         >>> net = TT([torch.eye(2), torch.tensor([[0.0, 1.0], [2.0, 3.0]])])
-        >>> decode_entries(net, None, torch.tensor([[1, 0], [0, 1]])), decode_entries(net, ((0, 2), (0, 2)), torch.tensor([[2]]))
-        (tensor([2., 1.]), tensor([2.]))
+        >>> decode_entries(net, None, torch.tensor([[1, 0], [0, 1]]))
+        tensor([2., 1.])
+        >>> decode_entries(net, ((0, 2), (0, 2)), torch.tensor([[2]]))
+        tensor([2.])
     """
     if digits is not None:
         index = _digits_of(index, digits)
     where = dict(zip(network.outside, index.unbind(1), strict=True))
-    bonds = [
-        prod(n for n, label in zip(core.shape, leg, strict=True) if label not in where)
-        for core, leg in zip(network.cores, network.legs, strict=True)
+    sizes = network.sizes
+    widest = max(prod(sizes[label] for label in leg if label not in where) for leg in network.legs)
+    step = max(1, NUMBERS // widest)
+    parts = [
+        _some_entries(network, {label: own[at : at + step] for label, own in where.items()})
+        for at in range(0, len(index), step)
     ]
-    step = max(1, NUMBERS // max(bonds))
-    return torch.cat(
-        [
-            _some_entries(network, {label: own[at : at + step] for label, own in where.items()})
-            for at in range(0, max(1, len(index)), step)
-        ]
-    )
+    return torch.cat(parts) if parts else network.cores[0].new_zeros(0)
 
 
 def _digits_of(index: Tensor, digits: Digits) -> Tensor:
@@ -157,15 +156,12 @@ def _digits_of(index: Tensor, digits: Digits) -> Tensor:
 
 
 def _some_entries(network: Network, where: dict[str, Tensor]) -> Tensor:
-    operands, symbols = (
-        [],
-        {label: k + 1 for k, label in enumerate(dict.fromkeys(b for leg in network.legs for b in leg))},
-    )
+    symbols = {label: k + 1 for k, label in enumerate(network.bonds)}
     terms: list[Any] = []
     for core, leg in zip(network.cores, network.legs, strict=True):
         own = [axis for axis, label in enumerate(leg) if label in where]
         rest = [axis for axis in range(len(leg)) if axis not in own]
         moved = core.permute(*own, *rest)
-        operands.append(moved[tuple(where[leg[axis]] for axis in own)] if own else moved)
-        terms += [operands[-1], ([0] if own else []) + [symbols[leg[axis]] for axis in rest]]
+        chosen = moved[tuple(where[leg[axis]] for axis in own)] if own else moved
+        terms += [chosen, ([0] if own else []) + [symbols[leg[axis]] for axis in rest]]
     return opt_einsum.contract(*terms, [0], optimize="auto")

@@ -57,9 +57,7 @@ def open_grid_source(who: str, path: str | Path, *, name: str | None = None, **o
     except TypeError as error:
         raise ValueError(f"{who}: {path} must hold real numbers: {error}") from None
     if source.dtype.is_complex:
-        raise ValueError(
-            f"{who}: expected a grid of real numbers, got {source.dtype} in {path}; store real and imaginary parts apart"
-        )
+        raise ValueError(f"{who}: {path} must hold real numbers, got {source.dtype}; store the two parts apart")
     if not source.shape or 0 in source.shape:
         raise ValueError(
             f"{who}: expected a grid with entries and at least one axis, got shape {source.shape} in {path}"
@@ -93,7 +91,7 @@ def stored_bytes(source: Source) -> int:
 def parse_slices(
     who: str, text: str | None, shape: Sequence[int], stride: str | None = None
 ) -> tuple[list[slice], tuple[int, ...]]:
-    """Numpy's notation of a box, `10:20,:,5`, with `...` and negative numbers; and a stride on top of it.
+    """A box in numpy's notation, `10:20,:,5`, with `...` and negative numbers; and a stride on top of it.
 
     Returns:
         A slice an axis, 0 <= start <= stop, step >= 1; and the axes that one index was given for, which are dropped.
@@ -150,10 +148,9 @@ def _strides(who: str, stride: str | None, order: int) -> list[int]:
 def _named(who: str, path: Path, name: str | None, names: Sequence[str]) -> str:
     if name is None and len(names) == 1:
         return names[0]
-    if name not in names:
-        raise ValueError(
-            f"{who}: --name must be an array of {path}, expected one of {', '.join(names[:12]) or 'none'}, got {name}"
-        )
+    if name is None or name not in names:
+        listed = ", ".join(names[:12]) or "none"
+        raise ValueError(f"{who}: --name must be an array of {path}, expected one of {listed}, got {name}")
     return name
 
 
