@@ -78,6 +78,13 @@ def open_source(name: str, source: Any, shape: Sequence[int] | None) -> Any:
     return opened
 
 
+def check_limits(name: str, **limits: int | float | None) -> None:
+    """Refuse a limit that is not positive; None is no limit."""
+    for what, limit in limits.items():
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name}: {what} must be positive, got {limit}")
+
+
 class Reader:
     """Reads entries in double precision, remembers them, counts what was asked for, and stops at a limit.
 

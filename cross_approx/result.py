@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from cross_approx.digits import Quantization
 from decompositions.formats.network import Network
 
 
@@ -36,6 +37,7 @@ class CrossResult:
         reason: why the search ended.
         history: one `Sweep` a sweep.
         pivots: what interpolates: index sets, as described by the function.
+        quantization: the digits that the modes of the network are (`qtt_cross`), or None.
 
     Example:
         >>> import torch
@@ -54,3 +56,4 @@ class CrossResult:
     reason: str
     history: tuple[Sweep, ...] = ()
     pivots: tuple[Tensor, ...] = field(default=(), repr=False)
+    quantization: Quantization | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows, more_rows
-from cross_approx.reader import LimitReached, Reader, open_source
+from cross_approx.reader import LimitReached, Reader, check_limits, open_source
 from cross_approx.result import CrossResult, Sweep
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
@@ -93,18 +93,24 @@ def tt_cross(
     opened = open_source("tt_cross", source, shape)
     check_tol("tt_cross", tol)
     limits = {"max_evals": max_evals, "max_bytes": max_bytes, "max_seconds": max_seconds, "max_sweeps": max_sweeps}
-    for name, limit in {**limits, "held_out": held_out}.items():
-        if limit is not None and not limit > 0:
-            raise ValueError(f"tt_cross: {name} must be positive, got {limit}")
+    check_limits("tt_cross", **limits, held_out=held_out)
     sizes = tuple(int(n) for n in opened.shape)
     caps = check_ranks("tt_cross", rank, chain_ranks(sizes))
-    points = _check_start(start, sizes)
+    points = _check_start("tt_cross", start, sizes)
     reader = Reader("tt_cross", opened, max_evals, max_bytes, max_seconds)
     monitor = HeldOut(reader, max(2, held_out // 5), generator)
     search = _Search(reader, monitor, float(tol), caps, generator)
+    return run_search(search, points, held_out, max_sweeps, progress)
+
+
+def run_search(
+    search: "_Search", start: int | Tensor | None, held_out: int, max_sweeps: int, progress: Progress | None
+) -> CrossResult:
+    """Sweep until tol, a limit or a standstill; from start points, or (None) on from where the search is."""
     reason = f"max_sweeps = {max_sweeps}"
     try:
-        search.begin(points)
+        if start is not None:
+            search.begin(start)
         for number in range(1, max_sweeps + 1):
             search.sweep()
             if progress is not None:
@@ -120,17 +126,17 @@ def tt_cross(
     return search.result(reason)
 
 
-def _check_start(start: int | Tensor, sizes: tuple[int, ...]) -> int | Tensor:
+def _check_start(name: str, start: int | Tensor, sizes: tuple[int, ...]) -> int | Tensor:
     if isinstance(start, Tensor):
         fits = start.ndim == 2 and start.shape[1] == len(sizes) and len(start) > 0
         if not fits or start.is_floating_point() or bool(((start < 0) | (start.cpu() >= torch.tensor(sizes))).any()):
             raise ValueError(
-                f"tt_cross: start points are rows of indices in range, expected (p, {len(sizes)}) integers below "
+                f"{name}: start points are rows of indices in range, expected (p, {len(sizes)}) integers below "
                 f"{sizes}, got shape {tuple(start.shape)} of {start.dtype}"
             )
         return start.detach().cpu().long()
     if isinstance(start, bool) or not isinstance(start, Integral) or start < 1:
-        raise ValueError(f"tt_cross: start must be a number of points >= 1 or the points, got {start!r}")
+        raise ValueError(f"{name}: start must be a number of points >= 1 or the points, got {start!r}")
     return int(start)
 
 
@@ -140,15 +146,20 @@ class _Search:
     def __init__(
         self, reader: Reader, monitor: HeldOut, tol: float, caps: list[int], generator: torch.Generator | None
     ) -> None:
-        self.reader, self.monitor, self.tol, self.caps, self.generator = reader, monitor, tol, caps, generator
+        self.reader, self.monitor, self.generator = reader, monitor, generator
         self.order = len(reader.sizes)
         self.forward = True
-        self.cut = 0.5 * tol / sqrt(max(1, self.order - 1))  # relative to the root mean square of A
+        self.aim(tol, caps)
         self.pivots: dict[bool, list[Tensor]] = {}  # of the last sweep in either direction
         self.history: list[Sweep] = []
         self.best: tuple[float, int, list[Tensor], list[Tensor]] | None = None
         self.converged = False
         self.full = self.capped = self.at_floor = False
+
+    def aim(self, tol: float, caps: list[int]) -> None:
+        """What to reach from here on."""
+        self.tol, self.caps = tol, caps
+        self.cut = 0.5 * tol / sqrt(max(1, self.order - 1))  # relative to the root mean square of A
 
     def begin(self, start: int | Tensor) -> None:
         """Columns of the first sweep: the trailing indices of the start points."""
@@ -216,7 +227,7 @@ class _Search:
         """Why to stop, or None."""
         errors = [line.error for line in self.history]
         if errors[-1] <= self.tol:
-            fresh = HeldOut(self.reader, held_out, self.generator)
+            fresh = type(self.monitor)(self.reader, held_out, self.generator)
             fresh.refresh()
             cores = self._last
             error = fresh.relative(fresh.errors(cores))

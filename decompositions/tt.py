@@ -125,7 +125,7 @@ def ttm_svd(
         ((1,), (3, 5, 1, 7))
     """
     check_kind("ttm_svd", weight, min_order=2)
-    rows, cols = _matrix_modes(tuple(weight.shape), row_modes, col_modes, order)
+    rows, cols = matrix_modes(tuple(weight.shape), row_modes, col_modes, order)
     padded = fold_matrix("ttm_svd", weight, rows, cols)
     if len(rows) != len(cols):
         raise ValueError(
@@ -157,7 +157,7 @@ def _folded(x: Tensor, modes: Sequence[int] | int) -> Tensor:
     return torch.nn.functional.pad(x.flatten(), (0, prod(modes) - x.numel())).reshape(tuple(modes))
 
 
-def _matrix_modes(
+def matrix_modes(
     shape: tuple[int, ...], row_modes: Sequence[int] | None, col_modes: Sequence[int] | None, order: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Complete the modes that were not given, with as many as the given side has."""
