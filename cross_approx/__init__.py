@@ -1,8 +1,17 @@
 """Tensors from few of their entries: sources of entries in memory and out of it, dominant submatrices, and crosses."""
 
+from cross_approx.calculus import apply_function as apply_function
+from cross_approx.calculus import decode as decode
+from cross_approx.calculus import gather as gather
+from cross_approx.calculus import integrate as integrate
+from cross_approx.calculus import quadrature as quadrature
+from cross_approx.calculus import subtensor as subtensor
 from cross_approx.chunked import ChunkedSource as ChunkedSource
 from cross_approx.chunked import ChunkError as ChunkError
 from cross_approx.digits import Quantization as Quantization
+from cross_approx.interpolation import downsample as downsample
+from cross_approx.interpolation import interpolate as interpolate
+from cross_approx.interpolation import upsample as upsample
 from cross_approx.maxvol import maxvol as maxvol
 from cross_approx.maxvol import rect_maxvol as rect_maxvol
 from cross_approx.out_of_core import DaskSource as DaskSource

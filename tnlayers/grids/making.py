@@ -1,14 +1,18 @@
 """Networks of a grid: by reading it whole, in passes, or from few of its entries."""
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from math import prod, sqrt
 from typing import Any
 
 import torch
 
-from cross_approx import CrossResult, Source
+from cross_approx import CrossResult, Quantization, Source
+from cross_approx.digits import ORDERS
+from decompositions.formats.algebra import numel
 from decompositions.formats.network import Network
+from decompositions.linalg import TruncationWarning
 from decompositions.tt import tt_svd
 from decompositions.tucker import st_hosvd
 
@@ -106,7 +110,7 @@ def make_network(
         options |= {"generator": generator, **given}
     if format == "qtt":
         result = function(source, order=order, **options)
-        return result, tuple((int(axis), int(size)) for axis, size in result.quantization.modes)
+        return result, result.quantization.modes
     return function(source, **options), None
 
 
@@ -123,11 +127,15 @@ def _dense(
             caps = [min(rank, n, prod(x.shape) // n) for n in x.shape]
         net, error = _with_error(st_hosvd, x, caps, tol)
     else:
-        if format == "qtt":
-            x, digits = quantized(x, order)
-        if rank is not None:
-            caps = [min(rank, prod(x.shape[:k]), prod(x.shape[k:])) for k in range(1, x.ndim)]
-        net, error = _with_error(tt_svd, x, caps, tol)
+        found = []
+        for name in ORDERS if (format, order) == ("qtt", "auto") else (order,):
+            layout = Quantization.of(tuple(x.shape), name) if format == "qtt" else None
+            folded = x if layout is None else layout.split(x)
+            if rank is not None:
+                caps = [min(rank, prod(folded.shape[:k]), prod(folded.shape[k:])) for k in range(1, folded.ndim)]
+            found.append((*_with_error(tt_svd, folded, caps, tol), None if layout is None else layout.modes))
+        # the smallest of equal tolerance, the most exact of equal ranks
+        net, error, digits = min(found, key=lambda one: numel(one[0]) if rank is None else one[1])
     read = source.bytes_read - before
     met = tol is None or error <= tol
     count = prod(source.shape)
@@ -135,29 +143,10 @@ def _dense(
 
 
 def _with_error(decompose: Any, x: torch.Tensor, caps: Any, tol: float | None) -> tuple[Network, float]:
-    import warnings
-
     with warnings.catch_warnings():  # the error is measured on the file anyhow
-        from decompositions.linalg import TruncationWarning
-
         warnings.simplefilter("ignore", TruncationWarning)
         net, error = decompose(x, rank=caps, tol=tol, with_error=True)
     return net, float(error)
-
-
-def quantized(x: torch.Tensor, order: str) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
-    """A tensor folded to the digits of its indices; what pads an axis repeats its last value."""
-    kind: Any = getattr(importlib.import_module("cross_approx"), "Quantization", None)
-    if kind is None:
-        raise ValueError("grid compress: quantized trains are not there; take --format tt")
-    found = kind.of(tuple(x.shape), order="interleaved" if order == "auto" else order)
-    digits = tuple((int(axis), int(size)) for axis, size in found.modes)
-    own = [[k for k, (axis, _) in enumerate(digits) if axis == at] for at in range(x.ndim)]
-    for axis, n in enumerate(found.padded):
-        x = x.index_select(axis, torch.arange(n).clamp_max(x.shape[axis] - 1))
-    x = x.reshape([digits[k][1] for places in own for k in places])
-    place = [k for places in own for k in places]
-    return x.permute([place.index(k) for k in range(len(digits))]).contiguous(), digits
 
 
 def rank_for_bytes(shape: Sequence[int], format: str, coding: str, nbytes: int) -> int:
