@@ -3,10 +3,10 @@
 import warnings
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any
 
 import torch
 
+from cross_approx import Quantization
 from decompositions.formats.algebra import norm
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.network import Network
@@ -80,7 +80,7 @@ def _distance(a: Network, b: Network) -> float:
 
 
 def fit_bytes(
-    net: Network, error: float, most: int, coding: str, *, shape: Sequence[int], digits: Any
+    net: Network, error: float, most: int, coding: str, *, shape: Sequence[int], quantization: Quantization | None
 ) -> tuple[Network | Coded, float]:
     """The most exact file of at most so many bytes: a bisection over the error it aims at.
 
@@ -96,7 +96,7 @@ def fit_bytes(
             made = fit_error(net, error, tol, coding)
         except ValueError:  # int8 cannot be that exact
             return None, 1 << 62
-        return made, len(grid_bytes(made, shape=shape, digits=digits)[0])
+        return made, len(grid_bytes(made, shape=shape, quantization=quantization)[0])
 
     high = 0.99
     best, size = tried(max(high, error * 1.0001))

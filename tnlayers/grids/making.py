@@ -4,12 +4,12 @@ import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from math import prod, sqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from cross_approx import CrossResult, Quantization, Source
-from cross_approx.digits import ORDERS
+from cross_approx.digits import ORDERS, Order
 from decompositions.formats.algebra import numel
 from decompositions.formats.network import Network
 from decompositions.linalg import TruncationWarning
@@ -68,12 +68,12 @@ def make_network(
     *,
     tol: float | None = None,
     rank: int | None = None,
-    order: str = "auto",
+    order: Order | Literal["auto"] = "auto",
     limits: dict[str, Any] | None = None,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
-) -> tuple[CrossResult, tuple[tuple[int, int], ...] | None]:
-    """A network of the grid, and the digits of a quantized train.
+) -> tuple[CrossResult, Quantization | None]:
+    """A network of the grid, and the digits of a quantized one.
 
     Args:
         source: of the entries.
@@ -110,17 +110,17 @@ def make_network(
         options |= {"generator": generator, **given}
     if format == "qtt":
         result = function(source, order=order, **options)
-        return result, result.quantization.modes
+        return result, result.quantization
     return function(source, **options), None
 
 
 def _dense(
-    source: Source, format: str, tol: float | None, rank: int | None, order: str
-) -> tuple[CrossResult, tuple[tuple[int, int], ...] | None]:
+    source: Source, format: str, tol: float | None, rank: int | None, order: Order | Literal["auto"]
+) -> tuple[CrossResult, Quantization | None]:
     """All entries, then an SVD; the error is exact."""
     before = source.bytes_read
     x = source.slab(tuple(slice(None) for _ in source.shape)).cpu()
-    digits = None
+    layout = None
     caps: Any = rank
     if format == "tucker":
         if rank is not None:
@@ -128,18 +128,19 @@ def _dense(
         net, error = _with_error(st_hosvd, x, caps, tol)
     else:
         found = []
-        for name in ORDERS if (format, order) == ("qtt", "auto") else (order,):
+        orders: tuple[Order, ...] = ORDERS if order == "auto" else (order,)
+        for name in orders if format == "qtt" else orders[:1]:
             layout = Quantization.of(tuple(x.shape), name) if format == "qtt" else None
             folded = x if layout is None else layout.split(x)
             if rank is not None:
                 caps = [min(rank, prod(folded.shape[:k]), prod(folded.shape[k:])) for k in range(1, folded.ndim)]
-            found.append((*_with_error(tt_svd, folded, caps, tol), None if layout is None else layout.modes))
+            found.append((*_with_error(tt_svd, folded, caps, tol), layout))
         # the smallest of equal tolerance, the most exact of equal ranks
-        net, error, digits = min(found, key=lambda one: numel(one[0]) if rank is None else one[1])
+        net, error, layout = min(found, key=lambda one: numel(one[0]) if rank is None else one[1])
     read = source.bytes_read - before
     met = tol is None or error <= tol
     count = prod(source.shape)
-    return CrossResult(net, count, read, error, count, met, "all entries were read"), digits
+    return CrossResult(net, count, read, error, count, met, "all entries were read"), layout
 
 
 def _with_error(decompose: Any, x: torch.Tensor, caps: Any, tol: float | None) -> tuple[Network, float]:

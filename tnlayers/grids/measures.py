@@ -162,13 +162,13 @@ def compare_grid(
         index = draw_entries(grid.shape, entries, generator)
         done = 0
         for part in index.split(1 << 16):
-            sums.add(source.entries(part), decode_entries(grid.network, grid.digits, part))
+            sums.add(source.entries(part), decode_entries(grid.network, grid.quantization, part))
             done += len(part)
             if progress is not None:
                 progress(done, entries, "verify")
         return sums.measures(False)
     for box in walk(source, "compare", progress):
-        sums.add(source.slab(box).cpu(), decode_block(grid.network, grid.shape, grid.digits, box))
+        sums.add(source.slab(box).cpu(), decode_block(grid.network, grid.shape, grid.quantization, box))
     return sums.measures(True)
 
 

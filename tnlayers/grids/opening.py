@@ -170,7 +170,7 @@ def _from_npz(who: str, path: Path, name: str | None) -> np.ndarray:
 
 
 def _from_hdf5(who: str, path: Path, name: str | None) -> Any:
-    h5py = _package(who, "h5py")
+    h5py = needed(who, "h5py")
     file = h5py.File(path, "r")
     names: list[str] = []
     file.visititems(lambda key, item: names.append(key) if isinstance(item, h5py.Dataset) else None)
@@ -178,12 +178,13 @@ def _from_hdf5(who: str, path: Path, name: str | None) -> Any:
 
 
 def _from_netcdf(who: str, path: Path, name: str | None) -> Any:
-    data = _package(who, "xarray").open_dataset(path, mask_and_scale=False, decode_times=False, chunks=None)
+    data = needed(who, "xarray").open_dataset(path, mask_and_scale=False, decode_times=False, chunks=None)
     return data[_named(who, path, name, [str(key) for key in data.data_vars])]
 
 
-def _package(who: str, name: str) -> Any:
+def needed(who: str, name: str) -> Any:
+    """A package of the extra `grids`, imported."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{who}: {name} is needed to read this; pip install 'tnlayers[grids]'") from error
+        raise ImportError(f"{who}: {name} is needed for this; pip install 'tnlayers[grids]'") from error

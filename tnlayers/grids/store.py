@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cross_approx import Quantization
 from decompositions.formats.network import Network, check_labels
 from tnlayers import checkpoint
 from tnlayers.files import write_atomic
@@ -34,8 +35,7 @@ class Grid:
     Args:
         network: decoded.
         shape: of the grid.
-        digits: of a quantized train, (axis, size) of every digit, most significant first; None where the outside
-            labels of the network are the axes of the grid.
+        quantization: of a quantized train; None where the outside labels of the network are the axes of the grid.
         coding: of the stored cores.
         nbytes: of the file.
         about: source, settings, measures and versions, as JSON has them.
@@ -49,7 +49,7 @@ class Grid:
 
     network: Network
     shape: tuple[int, ...]
-    digits: tuple[tuple[int, int], ...] | None = None
+    quantization: Quantization | None = None
     coding: str = "none"
     nbytes: int = 0
     about: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Grid:
         """
         from tnlayers.grids.blocks import decode_block
 
-        return decode_block(self.network, self.shape, self.digits, slices)
+        return decode_block(self.network, self.shape, self.quantization, slices)
 
 
 def save_grid(
@@ -69,7 +69,7 @@ def save_grid(
     network: Network | Coded,
     *,
     shape: Sequence[int],
-    digits: Sequence[tuple[int, int]] | None = None,
+    quantization: Quantization | None = None,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -83,7 +83,7 @@ def save_grid(
         folder: to write; its parent must exist.
         network: as it is to be stored (its dtype included), or coded.
         shape: of the grid.
-        digits: of a quantized train.
+        quantization: of a quantized train.
         about: what JSON can hold.
         overwrite: replace a folder of a grid.
 
@@ -100,7 +100,7 @@ def save_grid(
         (2,)
     """
     with grid_folder(folder, overwrite) as temporary:
-        write_grid(temporary, network, shape=shape, digits=digits, about=about)
+        write_grid(temporary, network, shape=shape, quantization=quantization, about=about)
     return Path(folder)
 
 
@@ -116,24 +116,24 @@ def write_grid(
     network: Network | Coded,
     *,
     shape: Sequence[int],
-    digits: Sequence[tuple[int, int]] | None = None,
+    quantization: Quantization | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> int:
     """The files of `save_grid` into a folder that exists; returns the bytes of `grid.safetensors`."""
-    data, structure = grid_bytes(network, shape=shape, digits=digits)
+    data, structure = grid_bytes(network, shape=shape, quantization=quantization)
     write_atomic(folder / GRID_FILE, data)
     write_about(folder, {"grid": structure, "bytes": len(data), "versions": versions(), **(about or {})})
     return len(data)
 
 
 def grid_bytes(
-    network: Network | Coded, *, shape: Sequence[int], digits: Sequence[tuple[int, int]] | None = None
+    network: Network | Coded, *, shape: Sequence[int], quantization: Quantization | None = None
 ) -> tuple[bytes, dict[str, Any]]:
     """The content of `grid.safetensors`, and the structure in its header."""
     from safetensors.torch import save
 
     tensors, structure = _parts(network)
-    pairs = None if digits is None else [[axis, size] for axis, size in digits]
+    pairs = None if quantization is None else [list(pair) for pair in quantization.modes]
     structure |= {"version": GRID_VERSION, "shape": list(shape), "digits": pairs}
     structure["tensors"] = {name: checkpoint._checksum(t) for name, t in tensors.items()}
     text = json.dumps(structure, sort_keys=True, separators=(",", ":"))
@@ -142,7 +142,7 @@ def grid_bytes(
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
     """The JSON beside the numbers; what is not finite is written as text."""
-    write_atomic(folder / ABOUT_FILE, json.dumps(_plain(about), indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / ABOUT_FILE, json.dumps(plain(about), indent=1, allow_nan=False) + "\n")
 
 
 def load_grid(folder: str | Path, dtype: torch.dtype | None = None) -> Grid:
@@ -168,7 +168,7 @@ def load_grid(folder: str | Path, dtype: torch.dtype | None = None) -> Grid:
         raise FileNotFoundError(f"grid: expected a folder written by tnlayers grid compress, got {folder} ({what})")
     structure, shapes = _header(file)
     with _named(file):
-        shape, digits = _checked_shape(structure)
+        shape, quantization = _checked_shape(structure)
         coded = _checked_structure(structure, shapes)
         tensors = _tensors(file, structure)
         if coded is None:
@@ -183,7 +183,7 @@ def load_grid(folder: str | Path, dtype: torch.dtype | None = None) -> Grid:
                 for name in ("levels", "scales")
             }
             net = Coded(**{**vars(coded), **parts}).network(dtype or torch.float64)
-    return Grid(net, shape, digits, structure["coding"], file.stat().st_size, _about(root))
+    return Grid(net, shape, quantization, structure["coding"], file.stat().st_size, _about(root))
 
 
 def _parts(network: Network | Coded) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -239,17 +239,13 @@ def _labels(structure: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], ...], 
     return tuple(tuple(leg) for leg in structure["legs"]), tuple(structure["rows"]), tuple(structure["cols"])
 
 
-def _checked_shape(structure: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...] | None]:
+def _checked_shape(structure: Mapping[str, Any]) -> tuple[tuple[int, ...], Quantization | None]:
     shape = tuple(int(n) for n in structure["shape"])
     if not shape or min(shape) < 1:
         raise ValueError(f"expected sizes >= 1, got shape {shape}")
     if structure["digits"] is None:
         return shape, None
-    digits = tuple((int(axis), int(size)) for axis, size in structure["digits"])
-    for axis, n in enumerate(shape):
-        if prod(size for own, size in digits if own == axis) < n or any(size < 1 for _, size in digits):
-            raise ValueError(f"expected digits that hold axis {axis} of size {n}, got {digits}")
-    return shape, digits
+    return shape, Quantization(shape, tuple((int(axis), int(size)) for axis, size in structure["digits"]))
 
 
 def _checked_structure(structure: Mapping[str, Any], stored: Mapping[str, tuple[tuple[int, ...], str]]) -> Coded | None:
@@ -327,12 +323,17 @@ def _about(root: Path) -> dict[str, Any]:
     return about
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: tuples and paths as lists and text, numbers that are not finite as text."""
+def plain(value: Any) -> Any:
+    """What JSON can hold: tuples and paths as lists and text, numbers that are not finite as text.
+
+    Example:
+        >>> plain({"a": (1, float("inf"))})
+        {'a': [1, 'inf']}
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
