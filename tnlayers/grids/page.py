@@ -83,11 +83,7 @@ def _tiles(grid: Grid, about: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("smaller", f"{about['ratio']:.3g}x", f"{compact(grid.nbytes)} bytes for {compact(about['source']['bytes'])}"),
         ("relative error", number(measured["relative_error"]), f"target {target['kind']} {target['value']:g}: {met}"),
         ("PSNR", decibels(psnr), "no foreground" if fore is None else f"foreground {fore:.2f} dB"),
-        (
-            "largest error",
-            number(measured["max_error"]),
-            f"range {number(measured['low'])} to {number(measured['high'])}",
-        ),
+        ("largest error", number(measured["max_error"]), span),
         ("entries asked for", compact(read["evaluations"]), f"{percent(read['evaluations'], prod(grid.shape))} of all"),
         ("read", f"{compact(read['bytes_read'])}B", f"{read['chunks_read']} chunks" if read["chunks_read"] else ""),
     ]
@@ -148,7 +144,7 @@ def plane_pictures(grid: Grid, source: Source) -> list[tuple[str, str, str]]:
     for pair, box, exact, made in planes:
         fixed = ", ".join(f"axis {axis} = {part.start}" for axis, part in enumerate(box) if axis not in pair)
         figure = plane_figure(exact, made, (low, high), worst, pair)
-        error = float(np.linalg.norm(made - exact) / max(np.linalg.norm(exact), 1e-300))
+        error = float(np.linalg.norm(made - exact)) / (float(np.linalg.norm(exact)) or 1.0)
         remark = (
             f"{fixed}; relative error of this slice {number(error)}" if fixed else f"relative error {number(error)}"
         )
@@ -247,11 +243,13 @@ def curve_figure(grid: Grid, about: dict[str, Any]) -> Figure:
     axes.plot(x, y, color=LINES[0], linewidth=1.9, marker="o", markersize=3.4, label=plain)
     axes.plot([about["ratio"]], [measured], "D", color=LINES[1], markersize=8, markeredgecolor="white", label=this)
     for (rank, _, _), at, error in zip(rows, x, y, strict=True):
-        axes.annotate(str(rank), (at, error), xytext=(4, 3), textcoords="offset points", fontsize=7.5, color=MUTED)
+        axes.annotate(
+            str(rank), (at, error), xytext=(-3, 4), textcoords="offset points", ha="right", fontsize=7.5, color=MUTED
+        )
     label = f"compression ratio, bytes of the {about['source']['dtype']} source / bytes"
     axes.set_xlabel(label, color=MUTED, fontsize=8.5)
     axes.set_ylabel("relative error", color=MUTED, fontsize=8.5)
-    axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
+    axes.legend(loc="upper left", fontsize=8, frameon=False, labelcolor=INK)
     return figure
 
 
@@ -270,7 +268,7 @@ def _ranks(grid: Grid, about: dict[str, Any]) -> str:
             for text, value in (
                 (str(rank), rank),
                 (compact(count), count),
-                (number(stored / (4 * count)), stored / (4 * count)),
+                (compact(stored / (4 * count)), stored / (4 * count)),
                 (number(error), error),
             )
         ]
