@@ -17,7 +17,7 @@ from cross_approx.tt import Progress, _check_start, _Search, run_search
 from decompositions.formats.tt import chain_ranks
 from decompositions.linalg import check_ranks, check_tol
 
-PROBE_TOL = 1e-2
+PROBE_TOL = 1e-4
 """The error at which orders of digits are compared, unless the tolerance is larger."""
 
 PROBE_RANK = 8
@@ -49,7 +49,7 @@ def qtt_cross(
     else padded to a product of factors up to 7. What is padded repeats the last value of the axis: it is never asked
     for, and no error is measured there. (Zeros instead gave up to twice the parameters; both are free.)
 
-    order="auto" runs a small cross (rank 8, error 1e-2, four sweeps) for each order on one memory of entries, and goes
+    order="auto" runs a small cross (rank 8, error 1e-4, four sweeps) for each order on one memory of entries, and goes
     on with the best: the one of fewest parameters among those that met that error, else the one of least error. A
     function may need more of the order chosen at a small tol: name the order where it is known.
 
@@ -76,8 +76,9 @@ def qtt_cross(
         progress: called with (sweep, max_sweeps, text) after every sweep that is not of the probe.
 
     Returns:
-        CrossResult with a TT over the digits and `quantization`, which maps indices to digits; `pivots` are in digits.
-        Where a limit ends the search or the probe it is the best so far.
+        CrossResult with a TT over the digits and `quantization`, which maps indices to digits; `pivots` are in digits,
+        and `history` begins with the sweeps of the probe in the order chosen. Where a limit ends the search or the
+        probe it is the best so far.
 
     Raises:
         ValueError: a NaN or infinite entry (with its index), a shape that does not fit, limits below 1, an impossible
@@ -123,9 +124,10 @@ def qtt_cross(
     best = 0
     if len(layouts) > 1:
         limited = _probe(searches, starts)
-        best = min(range(len(searches)), key=lambda k: _score(searches[k]))
         if limited is not None:
+            best = min(range(len(searches)), key=lambda k: _error(searches[k]))
             return replace(searches[best].result(limited), quantization=layouts[best])
+        best = min(range(len(searches)), key=lambda k: _score(searches[k]))
         searches[best].aim(float(tol), caps[best])
     first = starts[best] if len(layouts) == 1 else None
     result = run_search(searches[best], first, held_out, max_sweeps, progress)
@@ -167,8 +169,9 @@ def _probe(searches: list[_Search], starts: list[int | Tensor]) -> str | None:
 
 def _score(search: _Search) -> tuple[bool, float]:
     """Smaller is better: the parameters of a train that is good enough, else its error."""
-    if search.best is None:
-        return True, inf
-    error, _, cores, _ = search.best
-    met = error <= search.tol
-    return not met, float(sum(core.numel() for core in cores)) if met else error
+    met = _error(search) <= search.tol
+    return not met, float(sum(core.numel() for core in search.best[2])) if met and search.best else _error(search)
+
+
+def _error(search: _Search) -> float:
+    return search.best[0] if search.best else inf

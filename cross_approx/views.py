@@ -21,8 +21,8 @@ class View(Source):
 
     Every request becomes one request of the base (a slab or fibers where the index arithmetic allows, else entries), so
     the base groups it by chunk, caches, counts and refuses; its index stands in the messages. `evaluations`,
-    `bytes_read`, `chunks_read` and `hit_rate` are those of the base, whoever asked it. `chunks` is None where a chunk of
-    the base is no box of the view (split and merged axes).
+    `bytes_read`, `chunks_read` and `hit_rate` are those of the base, whoever asked it. `chunks` is None where axes are
+    split or merged: a chunk of the base need not be a box there.
 
     Args:
         base: the source.
@@ -32,6 +32,16 @@ class View(Source):
     def __init__(self, base: Any, shape: Sequence[int]) -> None:
         self.base = base
         super().__init__(shape, Packing(base.dtype), base.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's values, which may be known only once it was asked."""
+        dtype: torch.dtype = self.base.dtype
+        return dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        pass
 
     @property
     def evaluations(self) -> int:

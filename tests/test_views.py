@@ -59,7 +59,9 @@ VIEWS = {
     "padded zero": (lambda s: pad_axes(s, (4, 9, 7)), padded(X, (4, 9, 7), "zero")),
     "padded edge": (lambda s: pad_axes(s, (5, 6, 9), "edge"), padded(X, (5, 6, 9), "edge")),
     "digits": (
-        lambda s: permute_axes(split_axis(split_axis(pad_axes(s, (4, 6, 8), "edge"), 2, (2, 4)), 0, (2, 2)), (0, 3, 1, 4, 2)),
+        lambda s: permute_axes(
+            split_axis(split_axis(pad_axes(s, (4, 6, 8), "edge"), 2, (2, 4)), 0, (2, 2)), (0, 3, 1, 4, 2)
+        ),
         padded(X, (4, 6, 8), "edge").reshape(2, 2, 6, 2, 4).permute(0, 3, 1, 4, 2),
     ),
     "matrix of pairs": (
@@ -129,7 +131,9 @@ def test_nothing_is_asked_beyond_the_bounds(fill):
     assert torch.equal(view.slab((slice(None),) * 3), padded(X, (7, 6, 8), fill))
     assert sorted(seen.asked) == list(itertools.product(*map(range, X.shape)))  # each once
     seen.asked.clear()
-    assert torch.equal(view.slab((slice(4, 7), slice(1, 2), slice(0, 8, 3))), padded(X, (7, 6, 8), fill)[4:7, 1:2, 0:8:3])
+    assert torch.equal(
+        view.slab((slice(4, 7), slice(1, 2), slice(0, 8, 3))), padded(X, (7, 6, 8), fill)[4:7, 1:2, 0:8:3]
+    )
     assert len(seen.asked) == (3 if fill == "edge" else 0)  # columns 0, 3 and 4, which stands for 6
     seen.asked.clear()
     outside = torch.tensor([[4, 0, 0], [0, 0, 0], [6, 5, 7]])
@@ -180,7 +184,7 @@ def test_masks_and_other_dtypes_carry_over():
     assert permute_axes(X, (2, 1, 0)).entries(torch.zeros(0, 3, dtype=torch.long)).shape == (0,)
 
 
-def test_refusals():
+def test_refusals(unchecked):
     with pytest.raises(ValueError, match=r"permutation of 0\.\.2.*\(0, 1, 1\)"):
         permute_axes(X, (0, 1, 1))
     with pytest.raises(ValueError, match=r"axis must be in 0\.\.2, got 3"):
