@@ -9,6 +9,8 @@ from cross_approx.calculus import subtensor as subtensor
 from cross_approx.chunked import ChunkedSource as ChunkedSource
 from cross_approx.chunked import ChunkError as ChunkError
 from cross_approx.digits import Quantization as Quantization
+from cross_approx.extrema import argmax as argmax
+from cross_approx.extrema import argmin as argmin
 from cross_approx.interpolation import downsample as downsample
 from cross_approx.interpolation import interpolate as interpolate
 from cross_approx.interpolation import upsample as upsample
@@ -21,7 +23,10 @@ from cross_approx.out_of_core import SafetensorsSource as SafetensorsSource
 from cross_approx.out_of_core import XarraySource as XarraySource
 from cross_approx.out_of_core import ZarrSource as ZarrSource
 from cross_approx.quantized import qtt_cross as qtt_cross
+from cross_approx.refinement import downsample_digits as downsample_digits
+from cross_approx.refinement import upsample_digits as upsample_digits
 from cross_approx.result import CrossResult as CrossResult
+from cross_approx.sampling import sample as sample
 from cross_approx.skeleton import skeleton as skeleton
 from cross_approx.source import Source as Source
 from cross_approx.source import as_source as as_source

@@ -24,7 +24,7 @@ from decompositions.formats.network import Network
 from decompositions.formats.plan import plan_dense
 
 Key = Any
-"""What stands for one axis: an int, a slice, a 1-D integer tensor or sequence; Ellipsis stands for all axes left out."""
+"""Of one axis: an int, a slice, a 1-D integer tensor or sequence; Ellipsis stands for all axes left out."""
 
 
 def gather(network: Network, index: Int[Tensor, "B d"]) -> Inexact[Tensor, "B"]:
@@ -129,14 +129,10 @@ def _picked(name: str, entry: Key, n: int, axis: int) -> int | Tensor | None:
             )
         bad = (chosen < -n) | (chosen >= n)
         if bool(bad.any()):
-            raise ValueError(
-                f"{name}: indices of axis {axis} must be in {-n}..{n - 1}, got {int(chosen[bad][0])}"
-            )
+            raise ValueError(f"{name}: indices of axis {axis} must be in {-n}..{n - 1}, got {int(chosen[bad][0])}")
         chosen = chosen.long() % n
     else:
-        raise TypeError(
-            f"{name}: an axis takes an int, a slice or a 1-D integer tensor, got {entry!r} for axis {axis}"
-        )
+        raise TypeError(f"{name}: an axis takes an int, a slice or a 1-D integer tensor, got {entry!r} for axis {axis}")
     if len(chosen) == 0:
         raise ValueError(f"{name}: sizes of a network are at least 1, got nothing of axis {axis} ({entry!r}, n = {n})")
     return chosen
@@ -191,7 +187,7 @@ def decode(
     while (needed := _block_bytes(part, block)) > max_bytes:
         k = max(range(part.order), key=block.__getitem__)  # the first of the largest: blocks stay long at the end
         if block[k] == 1:
-            raise ValueError(f"decode: a single entry needs {needed} bytes, expected max_bytes of that, got {max_bytes}")
+            raise ValueError(f"decode: one entry takes {needed} bytes, expected max_bytes of that, got {max_bytes}")
         block[k] = -(-block[k] // 2)
     return _decoded(part, block)
 
@@ -231,7 +227,7 @@ def integrate(
     """Sums, means and weighted sums over some axes: `sum over i of prod_k w_k(i_k) W(i)`.
 
     With the weights of a quadrature rule it is the integral of a function known on the nodes. Cores are contracted
-    with the weights and absorbed by their neighbours: O(d n r^2) and no rank grows. Differentiable in cores and weights.
+    with the weights and absorbed by their neighbours: O(d n r^2) and no rank grows. Differentiable in both.
 
     Args:
         network: of any format.
@@ -284,8 +280,8 @@ def quadrature(
 
     *trapezoid* integrates piecewise linear functions exactly, *simpson* quadratic ones on any nodes (cubic ones on an
     odd number of equidistant nodes; with an even number the last interval takes the parabola of the last three), and
-    *polynomial* all of degree n - 1: it gives the Gauss weights on Gauss nodes, and is for nodes of that kind (Clenshaw-
-    Curtis, Lobatto), since on many equidistant ones its weights alternate and grow.
+    *polynomial* all of degree n - 1: it gives the Gauss weights on Gauss nodes, and is for nodes of that kind (Lobatto,
+    Clenshaw-Curtis), since on many equidistant ones its weights alternate and grow.
 
     Args:
         nodes: strictly increasing, at least 2 (3 for simpson, 1 for polynomial).
@@ -334,10 +330,10 @@ def quadrature(
         w[1:] += h / 2
         return w.to(nodes.dtype)
     pairs = (len(x) - 1) // 2
-    a, b = h[0 : 2 * pairs : 2], h[1 : 2 * pairs : 2]
-    w[0 : 2 * pairs : 2] += (a + b) * (2 - b / a) / 6
-    w[1 : 2 * pairs : 2] += (a + b) ** 3 / (6 * a * b)
-    w[2 : 2 * pairs + 1 : 2] += (a + b) * (2 - a / b) / 6
+    first, second = h[0 : 2 * pairs : 2], h[1 : 2 * pairs : 2]
+    w[0 : 2 * pairs : 2] += (first + second) * (2 - second / first) / 6
+    w[1 : 2 * pairs : 2] += (first + second) ** 3 / (6 * first * second)
+    w[2 : 2 * pairs + 1 : 2] += (first + second) * (2 - first / second) / 6
     if len(x) % 2 == 0:
         p, q = h[-2], h[-1]
         w[-1] += (2 * q**2 + 3 * p * q) / (6 * (p + q))
@@ -349,7 +345,7 @@ def quadrature(
 def apply_function(
     function: Callable[..., Tensor], *networks: Network, tol: int | float = 1e-6, **options: Any
 ) -> CrossResult:
-    """A train for `f(A(i), B(i), ...)`, entry by entry, from few entries of the networks: exp, sqrt, products, quotients.
+    """A train for `f(A(i), B(i), ...)`, entry by entry, from few entries: exp, sqrt, products, quotients.
 
     `tt_cross` on `gather`; its guarantee, limits and reasons are those of the result. Cost: its evaluations, each
     O(d r^2) a network, instead of the ranks r_A r_B of a product followed by rounding.

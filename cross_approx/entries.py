@@ -22,7 +22,7 @@ BATCH = "*"
 class Corner(NamedTuple):
     """One index a row of the batch, and its weight there; None is the weight 1."""
 
-    index: Tensor
+    at: Tensor
     weight: Tensor | None
 
 
@@ -65,9 +65,7 @@ def values_at(net: Network, corners: Sequence[Sequence[Corner]], count: int) -> 
     parts = []
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
-        chunk = [
-            [Corner(c.index[rows], None if c.weight is None else c.weight[rows]) for c in axis] for axis in corners
-        ]
+        chunk = [[Corner(c.at[rows], None if c.weight is None else c.weight[rows]) for c in axis] for axis in corners]
         parts.append(_tree_values(work, tables, chunk) if tree else _path_values(work, tables, chunk))
     return torch.cat(parts).to(net.dtype)
 
@@ -88,9 +86,9 @@ def _selected(net: Network, k: int, table: Tensor, corners: list[list[Corner]]) 
         return table, bonds
     total: Tensor | None = None
     for choice in product(*(corners[outside.index(label)] for label in own)):
-        at, weight = torch.zeros_like(choice[0].index), None
+        at, weight = torch.zeros_like(choice[0].at), None
         for label, corner in zip(own, choice, strict=True):
-            at = at * sizes[label] + corner.index
+            at = at * sizes[label] + corner.at
             if corner.weight is not None:
                 weight = corner.weight if weight is None else weight * corner.weight
         part = table.index_select(0, at)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from cross_approx.entries import Corner, values_at
-from cross_approx.legs import transform
+from cross_approx.legs import transform, with_own_legs
 from decompositions.formats.modes import as_integer
 from decompositions.formats.network import Network
 
@@ -96,7 +96,7 @@ def interpolate(
                 f"got {float(x[row])} (coordinate {float(column[row])}) in row {row}; outside= says what else to do"
             )
         corners.append(_corners(x, n, outside))
-    return values_at(network, corners, len(points))
+    return values_at(with_own_legs(network, range(network.order)), corners, len(points))
 
 
 def _check_nodes(nodes: Sequence[Tensor], shape: tuple[int, ...], align: Align) -> None:
@@ -194,10 +194,10 @@ def upsample(
     found = check_axes("upsample", axes, network.order)
     if factor is not None:
         factors = per_axis("upsample", "factor", factor, len(found))
-        sizes = [
+        sizes = tuple(
             f * network.shape[axis] if align == "cells" else f * (network.shape[axis] - 1) + 1
             for f, axis in zip(factors, found, strict=True)
-        ]
+        )
     else:
         assert size is not None
         sizes = per_axis("upsample", "size", size, len(found))
@@ -239,7 +239,7 @@ def downsample(
 
     Args:
         network: of any format.
-        factor: entries a box along every axis; n becomes `ceil(n / factor)`, the last box being the mean of what is left.
+        factor: entries a box along every axis; n becomes `ceil(n / factor)`, the last box has what is left.
         axes: those axes alone, in the order of `factor`; all by default.
         mode: "mean" or "stride".
 

@@ -3,7 +3,7 @@
 A map of one mode of the dense tensor is the same map of the core that carries it, whatever the format.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import singledispatch
 from math import prod
 
@@ -45,7 +45,7 @@ def pick(net: Network, picks: Mapping[int, int | Tensor]) -> Network | Tensor:
 
 def transform(net: Network, actions: Mapping[int, Action]) -> Network:
     """A linear map of each of the dense axes named."""
-    whole = _with_own_legs(net, actions)
+    whole = with_own_legs(net, actions)
     cores = list(whole.cores)
     for axis, action in actions.items():
         k, at = _owner(whole, axis)
@@ -55,7 +55,7 @@ def transform(net: Network, actions: Mapping[int, Action]) -> Network:
 
 def contract_away(net: Network, actions: Mapping[int, Action]) -> Network | Tensor:
     """A linear functional of each of the dense axes named, which are gone."""
-    whole = _with_own_legs(net, actions)
+    whole = with_own_legs(net, actions)
     cores, legs = list(whole.cores), list(whole.legs)
     for axis, action in actions.items():
         label = whole.outside[axis]
@@ -70,7 +70,7 @@ def _owner(net: Network, axis: int) -> tuple[int, int]:
     return next((k, leg.index(label)) for k, leg in enumerate(net.legs) if label in leg)
 
 
-def _with_own_legs(net: Network, axes: Mapping[int, Action]) -> Network:
+def with_own_legs(net: Network, axes: Iterable[int]) -> Network:
     """The network with one owner for each of these labels: where several share one, an identity takes it over."""
     cores, legs, rename = list(net.cores), list(net.legs), {}
     for axis in axes:
@@ -84,7 +84,7 @@ def _with_own_legs(net: Network, axes: Mapping[int, Action]) -> Network:
     if not rename:
         return net
     rows, cols = (tuple(rename.get(label, label) for label in side) for side in (net.rows, net.cols))
-    return Network(cores, legs, rows, cols)
+    return Network(tuple(cores), tuple(legs), rows, cols)
 
 
 def _close(net: Network, cores: list[Tensor], legs: list[Labels], gone: set[str]) -> Network | Tensor:
@@ -92,7 +92,7 @@ def _close(net: Network, cores: list[Tensor], legs: list[Labels], gone: set[str]
     rows, cols = (tuple(label for label in side if label not in gone) for side in (net.rows, net.cols))
     outside = {*rows, *cols}
     if not outside:
-        sizes = {label: n for leg, core in zip(legs, cores, strict=True) for label, n in zip(leg, core.shape, strict=True)}
+        sizes = {x: n for leg, core in zip(legs, cores, strict=True) for x, n in zip(leg, core.shape, strict=True)}
         if len(cores) == 1:
             return cores[0]
         return run(plan_path(legs, sizes, (), net.dtype.itemsize).steps, cores)
@@ -146,7 +146,7 @@ def _contract(x: Tensor, x_leg: Labels, y: Tensor, y_leg: Labels, out: Labels) -
 @singledispatch
 def _retyped(net: Network, cores: list[Tensor], legs: list[Labels], rows: Labels, cols: Labels) -> Network:
     """What is left, in the format of `net` where it is one still: a network of the base class in general."""
-    return Network(cores, legs, rows, cols)
+    return Network(tuple(cores), tuple(legs), rows, cols)
 
 
 def _axes(legs: list[Labels], outside: Labels) -> list[int]:
@@ -163,7 +163,7 @@ def _(net: TT, cores: list[Tensor], legs: list[Labels], rows: Labels, cols: Labe
 def _(net: TTMatrix, cores: list[Tensor], legs: list[Labels], rows: Labels, cols: Labels) -> Network:
     if all(len(set(leg) & {*rows, *cols}) == 1 for leg in legs):
         return TT(cores, len(rows), _axes(legs, rows + cols))
-    return Network(cores, legs, rows, cols)
+    return Network(tuple(cores), tuple(legs), rows, cols)
 
 
 @_retyped.register
@@ -182,7 +182,7 @@ def _(net: Tucker, cores: list[Tensor], legs: list[Labels], rows: Labels, cols: 
     outside = rows + cols
     factor = {leg[1]: k for k, leg in enumerate(legs) if k and len(leg) == 2 and leg[0] in outside}
     if len(factor) + 1 < len(cores) or not factor.keys() <= set(legs[0]):
-        return Network(cores, legs, rows, cols)  # the core itself went into a factor
+        return Network(tuple(cores), tuple(legs), rows, cols)  # the core itself went into a factor
     axes = [outside.index(legs[factor[label]][0] if label in factor else label) for label in legs[0]]
     order = sorted(range(len(axes)), key=axes.__getitem__)
     modes = [mode for mode, at in enumerate(order) if legs[0][at] in factor]

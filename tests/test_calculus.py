@@ -82,7 +82,7 @@ def test_gather_from_a_tensor_that_nobody_can_hold(rng):
 
 def test_gather_refuses(unchecked):
     net = TT.random(row_modes=(4, 5), rank=2)
-    with pytest.raises(TypeError, match="gather: index must be an integer tensor, got torch.float32"):
+    with pytest.raises(TypeError, match=r"gather: index must be an integer tensor, got torch\.float32"):
         gather(net, torch.zeros(1, 2))
     with pytest.raises(ValueError, match=r"shape \(B, d = 2\), got \(3,\)"):
         gather(net, torch.zeros(3, dtype=torch.long))
@@ -100,7 +100,7 @@ def keys(order):
     yield (0, ...)
     yield tuple([-1] * order)
     yield tuple([slice(None, None, -1)] * order)
-    yield tuple([torch.tensor([0, 0, -1])] * order)
+    yield tuple(torch.tensor([0, 0, -1]) if k < 5 else slice(None) for k in range(order))
     yield tuple(0 if k % 2 else slice(0, None, 2) for k in range(order))
     yield tuple(slice(0, 1) if k % 2 else -1 for k in range(order))
     yield tuple([slice(None)] + [0] * (order - 1))
@@ -220,7 +220,7 @@ def test_decode_of_a_part_under_a_limit(rng):
             whole[place] = values
         torch.testing.assert_close(whole, x)
     assert [value.shape for _, value in decode(net, (0, 0, 0))] == [()]
-    with pytest.raises(ValueError, match="decode: a single entry needs"):
+    with pytest.raises(ValueError, match="decode: one entry takes"):
         decode(net, max_bytes=8)
     with pytest.raises(ValueError, match="blocks must be one int >= 1, or one for each of the 3 axes"):
         decode(net, blocks=(1, 2))
@@ -398,7 +398,7 @@ def test_interpolation_out_of_range(unchecked):
         assert interpolate(net, point, outside=outside).item() == pytest.approx(value)
     edge = torch.linspace(-1, 1, 1000)[:, None] * torch.tensor([1.0, 0.0])
     assert interpolate(net, edge, align="corners").shape == (1000,)  # rounding at the ends is inside
-    with pytest.raises(ValueError, match="points must be finite, got .* in row 0"):
+    with pytest.raises(ValueError, match=r"points must be finite, got .* in row 0"):
         interpolate(net, torch.full((1, 2), math.nan))
     with pytest.raises(TypeError, match="integer ones are for gather"):
         interpolate(net, torch.zeros(1, 2, dtype=torch.long))
