@@ -32,6 +32,7 @@ from cross_approx.source import Source as Source
 from cross_approx.source import as_source as as_source
 from cross_approx.tt import tt_cross as tt_cross
 from cross_approx.ttm import ttm_cross as ttm_cross
+from cross_approx.tucker import tucker_cross as tucker_cross
 from cross_approx.views import merge_axes as merge_axes
 from cross_approx.views import pad_axes as pad_axes
 from cross_approx.views import permute_axes as permute_axes

@@ -7,26 +7,28 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
+from cross_approx.maxvol_batch import dominant_rows_batch, more_rows_batch
 from decompositions.linalg import accumulate_dtype, check_tensor
 
 
-def maxvol(matrix: Inexact[Tensor, "n r"], tau: int | float = 0.05) -> Int[Tensor, "r"]:
-    """Choose r rows of a tall matrix whose square submatrix has dominant volume.
+def maxvol(matrix: Inexact[Tensor, "*batch n r"], tau: int | float = 0.05) -> Int[Tensor, "*batch r"]:
+    """Choose r rows of a tall matrix, or of each of a batch, whose square submatrix has dominant volume.
 
     `|A A[rows]^-1| <= 1 + tau` entrywise, hence `‖A A[rows]^-1‖ <= sqrt(r (1 + (n - r) (1 + tau)^2))`; the volume
     `|det A[rows]|` is at least `(1 + tau)^-r r^(-r/2)` times the largest.
     Starts at the pivots of an LU factorization. Then the rows with the largest coefficients, a few times r of them,
     are searched to the end by rank-one updates among themselves, and one product brings all coefficients up to date. A
-    swap grows the volume by more than 1 + tau, so it ends.
+    swap grows the volume by more than 1 + tau, so it ends. A batch swaps row by row, all its matrices at once: made for
+    many small ones; which rows are found may differ from those of the matrices alone.
     Cost: O(n r^2) for the start and for a round; a handful of rounds is the rule.
 
     Args:
-        matrix: (n, r) with n >= r, finite. Only its column space counts; directions that a rank-deficient matrix lacks
-            are filled in.
+        matrix: (..., n, r) with n >= r, finite. Only its column space counts; directions that a rank-deficient matrix
+            lacks are filled in.
         tau: slack, > 0; smaller means more swaps. Below 100 machine epsilons it acts as that: rounding could cycle.
 
     Returns:
-        Row numbers, in no particular order.
+        (..., r) row numbers, in no particular order.
 
     Raises:
         ValueError: fewer rows than columns, NaN or infinity, tau <= 0.
@@ -40,31 +42,34 @@ def maxvol(matrix: Inexact[Tensor, "n r"], tau: int | float = 0.05) -> Int[Tenso
         [0, 2]
     """
     _check("maxvol", matrix, tau)
+    if matrix.ndim > 2:
+        *batch, n, r = matrix.shape
+        return dominant_rows_batch(matrix.detach().reshape(-1, n, r), tau)[0].reshape(*batch, r)
     return dominant_rows(matrix.detach(), tau)[0]
 
 
 def rect_maxvol(
-    matrix: Inexact[Tensor, "n r"],
+    matrix: Inexact[Tensor, "*batch n r"],
     tau: int | float = 1.0,
     *,
     min_rows: int | None = None,
     max_rows: int | None = None,
-) -> Int[Tensor, "k"]:
+) -> Int[Tensor, "*batch k"]:
     """Choose k >= r rows of a tall matrix from which every row is a combination with small coefficients.
 
     `‖A[i] A[rows]^+‖_2 <= tau` for every row i, unless `max_rows` ends the search; a chosen row has at most 1 anyway.
     Each row added is the one of largest norm so far, the one that grows `det(A[rows]^H A[rows])` most. tau = 1 takes
-    about 1.2 r rows of a generic matrix, tau = 2 fewer.
+    about 1.2 r rows of a generic matrix, tau = 2 fewer. All matrices of a batch take as many as the slowest one needs.
     Cost: that of `maxvol` and O(n r) a row more.
 
     Args:
-        matrix: (n, r) with n >= r, finite; only its column space counts.
+        matrix: (..., n, r) with n >= r, finite; only its column space counts.
         tau: largest norm of a row of coefficients, > 0 (below 1 takes rows that a square submatrix does not need).
         min_rows: take at least so many; r by default.
         max_rows: take at most so many; n by default.
 
     Returns:
-        Row numbers, distinct: the r of `maxvol` first, then the others in the order in which they were added.
+        (..., k) row numbers, distinct: the r of `maxvol` first, then the others in the order in which they were added.
 
     Raises:
         ValueError: fewer rows than columns, NaN or infinity, tau <= 0, not r <= min_rows <= max_rows <= n.
@@ -79,21 +84,25 @@ def rect_maxvol(
         [0, 2]
     """
     _check("rect_maxvol", matrix, tau)
-    n, r = matrix.shape
+    *batch, n, r = matrix.shape
     low, high = r if min_rows is None else min_rows, n if max_rows is None else max_rows
     if not r <= low <= high <= n:
         raise ValueError(
             f"rect_maxvol: expected {r} <= min_rows <= max_rows <= {n} for a {n} x {r} matrix, "
             f"got min_rows={min_rows}, max_rows={max_rows}"
         )
+    if batch:
+        rows, coefficients = dominant_rows_batch(matrix.detach().reshape(-1, n, r), 0.05)
+        rows = torch.cat([rows, more_rows_batch(coefficients, rows, tau, low, high)], 1)
+        return rows.reshape(*batch, rows.shape[1])
     rows, coefficients = dominant_rows(matrix.detach(), 0.05)
     return torch.cat([rows, more_rows(coefficients, rows, tau, low, high)])
 
 
 def _check(name: str, matrix: Tensor, tau: int | float) -> None:
     check_tensor(name, matrix, min_order=2)
-    if matrix.ndim != 2 or matrix.shape[0] < matrix.shape[1]:
-        raise ValueError(f"{name}: expected a matrix with n >= r, got shape {tuple(matrix.shape)}; transpose it")
+    if matrix.shape[-2] < matrix.shape[-1]:
+        raise ValueError(f"{name}: expected (..., n, r) with n >= r, got shape {tuple(matrix.shape)}; transpose it")
     if not (tau > 0 and isfinite(tau)):
         raise ValueError(f"{name}: tau must be positive, got {tau}")
 

@@ -1,16 +1,19 @@
 """Entries of a source, each asked for once, under limits of evaluations, bytes and time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from numbers import Integral
 from typing import Any
 
 import torch
-from jaxtyping import Inexact, Int, Shaped
+from jaxtyping import Inexact, Int
 from torch import Tensor
 
+from cross_approx.source import as_source
 from decompositions.linalg import check_finite
+
+F64 = torch.float64
 
 BATCH = 1 << 17
 """Entries asked for in one call at most."""
@@ -23,56 +26,17 @@ class LimitReached(Exception):
     """Reading on would pass a limit; the message is the reason of the result."""
 
 
-class DenseSource:
-    """A tensor in memory as a source."""
-
-    def __init__(self, tensor: Shaped[Tensor, "..."]) -> None:
-        self.tensor, self.shape, self.dtype, self.device = tensor, tuple(tensor.shape), tensor.dtype, tensor.device
-        self.chunks = None
-        self.evaluations = 0
-
-    def entries(self, index: Int[Tensor, "B d"]) -> Shaped[Tensor, "B"]:
-        """Values at the rows of `index`."""
-        self.evaluations += len(index)
-        return self.tensor[tuple(index.unbind(1))]
-
-
-class FunctionSource:
-    """A function of an index tensor (B, d) as a source; its dtype is known after the first call."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
-        self.function, self.shape, self.chunks = function, shape, None
-        self.dtype, self.device = torch.get_default_dtype(), torch.device("cpu")
-        self.evaluations = 0
-
-    def entries(self, index: Int[Tensor, "B d"]) -> Shaped[Tensor, "B"]:
-        """Values at the rows of `index`."""
-        values = self.function(index)
-        if not isinstance(values, Tensor) or values.shape != (len(index),):
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"cross: a callable takes (B, d) and returns a tensor (B,), expected ({len(index)},), got {got}"
-            )
-        self.evaluations += len(index)
-        self.dtype, self.device = values.dtype, values.device
-        return values
-
-
 def open_source(name: str, source: Any, shape: Sequence[int] | None) -> Any:
-    """Whatever was given as a source: one already, a tensor, or a callable with its shape."""
+    """What `as_source` makes of the argument, or the argument where it is a source already; never empty."""
     if hasattr(source, "entries") and hasattr(source, "shape"):
         opened = source
-    elif isinstance(source, Tensor):
-        opened = DenseSource(source.detach())
-    elif not callable(source):
-        raise TypeError(f"{name}: expected a source, a tensor or a callable, got {type(source).__name__}")
-    elif shape is None:
+    elif callable(source) and shape is None:
         raise ValueError(f"{name}: a callable source needs its mode sizes, expected shape=(n_1, ..., n_d), got None")
+    elif callable(source):
+        opened = as_source(source, shape=_sizes(name, tuple(shape or ())))
     else:
-        opened = FunctionSource(source, tuple(shape))
-    sizes = tuple(opened.shape)
-    if not sizes or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
-        raise ValueError(f"{name}: expected mode sizes >= 1 and an order >= 1, got shape {sizes}")
+        opened = as_source(source.detach() if isinstance(source, Tensor) else source)
+    sizes = _sizes(name, tuple(opened.shape))
     if shape is not None and tuple(shape) != sizes:
         raise ValueError(f"{name}: shape must be that of the source, expected {sizes}, got {tuple(shape)}")
     return opened
@@ -83,6 +47,12 @@ def check_limits(name: str, **limits: int | float | None) -> None:
     for what, limit in limits.items():
         if limit is not None and not limit > 0:
             raise ValueError(f"{name}: {what} must be positive, got {limit}")
+
+
+def _sizes(name: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
+        raise ValueError(f"{name}: expected mode sizes >= 1 and an order >= 1, got shape {sizes}")
+    return sizes
 
 
 class Reader:
@@ -114,6 +84,7 @@ class Reader:
         self._weights = torch.randint(-whole, whole, (len(self.sizes), 2), generator=generator) * 2 + 1
         if prod(self.sizes) < whole:  # an exact key; otherwise 128 bits of a linear hash
             self._weights[:, 0] = torch.tensor([prod(self.sizes[k + 1 :]) for k in range(len(self.sizes))])
+        self._take_probe()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,6 +130,17 @@ class Reader:
         """Which rows were read, and not only to be held out."""
         return self._find(*self._keys(index), False)[1]
 
+    def _take_probe(self) -> None:
+        """A function that was just asked for one value, to see its dtype, need not give that one again."""
+        probed = getattr(self.source, "probed", None)
+        if probed is None or self.source.evaluations != 1:
+            return
+        self.evaluations = 1
+        self._bytes_before = 0
+        if bool(torch.isfinite(probed).all()):  # where it is not, the entry may never be asked for
+            index = torch.zeros(1, len(self.sizes), dtype=torch.long)
+            self._remember(index, *self._keys(index), probed.cpu().to(torch.promote_types(probed.dtype, F64)), False)
+
     def _keys(self, index: Tensor) -> tuple[Tensor, Tensor]:
         keys = [(index * self._weights[:, k]).sum(1) for k in range(2)]  # wraps around
         return keys[0], keys[1]
@@ -199,6 +181,9 @@ class Reader:
             parts.append(values)
         values = torch.cat(parts)
         check_finite(self.name, values)
+        self._remember(index, keys, checks, values, use)
+
+    def _remember(self, index: Tensor, keys: Tensor, checks: Tensor, values: Tensor, use: bool) -> None:
         magnitudes = values.abs()
         self.sum_squares += float(magnitudes.square().sum())
         sizes = torch.cat([self._largest_sizes, magnitudes])

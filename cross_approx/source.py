@@ -62,7 +62,10 @@ class Source(ABC):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes taken from the store as they are stored, whole chunks where there are chunks; with the mask's."""
+        """Bytes taken from the store as they are stored, whole chunks where there are chunks; with the mask's.
+
+        Of a function: the bytes of its values.
+        """
         return self._bytes + (self.mask.bytes_read if self.mask else 0)
 
     @property
@@ -351,12 +354,15 @@ class FunctionSource(Source):
         device = torch.device(device or "cpu")
         # float64 stands in for the probe: packing refuses a dtype that is not of values
         super().__init__(shape, packing("as_source", torch.float64, dtype=dtype), device)
+        self.probed: Tensor | None = None  # value of the entry (0, ..., 0), where its dtype was asked for
         if dtype is None and 0 not in self.shape:
             self.evaluations += 1
             with torch.no_grad():
                 probed = self._call(torch.zeros(1, len(self.shape), dtype=torch.int64, device=device))
             self.packing = Packing(natural_dtype(probed.dtype))
             self.dtype = self.packing.dtype
+            self.probed = probed.detach().to(self.dtype)
+            self._bytes += self.probed.numel() * self.probed.element_size()
 
     def _call(self, index: Tensor) -> Tensor:
         values: Any
@@ -387,6 +393,7 @@ class FunctionSource(Source):
             if values.is_complex() and not self.dtype.is_complex:
                 raise TypeError(f"as_source: expected values of {self.dtype}, got {values.dtype}; pass dtype=")
             parts.append(values.to(self.device, self.dtype))
+            self._bytes += parts[-1].numel() * parts[-1].element_size()
         return torch.cat(parts)
 
 

@@ -80,3 +80,35 @@ def test_tall_matrices_take_rounds_of_many_rows():
     for scaled in (a, a * 10.0 ** -torch.linspace(0, 12, 20).double()):  # nearly dependent in float64, not in QR
         rows = maxvol(scaled, 0.01)
         assert float(torch.linalg.solve(scaled[rows], scaled, left=False).abs().max()) <= 1.01 + 1e-3
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 30), st.integers(0, 3), st.floats(0.01, 0.5))
+def test_a_batch_keeps_the_same_bounds(b, r, more, kind, tau):
+    n = r + more
+    a = torch.randn(b, n, r, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * n + b))
+    if kind == 1:
+        a = a * 10.0 ** -torch.linspace(0, 10, n).double()[:, None]
+    if kind == 2:
+        a[0] = torch.vander(torch.linspace(-1, 1, n, dtype=torch.float64), r)
+    if kind == 3:
+        a = a.to(torch.complex128) * torch.exp(1j * torch.arange(n))[:, None]
+    q = torch.linalg.qr(a).Q
+    for i, rows in enumerate(maxvol(a, tau)):
+        assert len(set(rows.tolist())) == r
+        assert float(torch.linalg.solve(q[i, rows], q[i], left=False).abs().max()) <= 1 + tau + 1e-9
+    together = rect_maxvol(a, 1.0)
+    for i, rows in enumerate(together):
+        assert len(set(rows.tolist())) == together.shape[1]
+        norms = torch.linalg.vector_norm(q[i] @ torch.linalg.pinv(q[i, rows]), dim=1)
+        norms[rows] = 0
+        assert float(norms.max()) <= 1 + 1e-9
+
+
+def test_shapes_of_batches():
+    a = torch.randn(2, 3, 12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert maxvol(a).shape == (2, 3, 4)
+    assert rect_maxvol(a, 1e-3, max_rows=7).shape == (2, 3, 7)
+    assert rect_maxvol(a, 100, min_rows=5).shape == (2, 3, 5)
+    assert maxvol(torch.zeros(2, 5, 3)).sort(1).values.unique(dim=1).shape == (2, 3)  # filled in, distinct
+    with pytest.raises(ValueError, match=r"n >= r, got shape \(2, 2, 3\)"):
+        maxvol(torch.zeros(2, 2, 3))

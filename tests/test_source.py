@@ -335,7 +335,7 @@ def test_a_function_is_called_as_often_as_counted():
     source.entries(torch.zeros(0, 2, dtype=torch.int64))
     assert calls == [5, 5, 2]
     probed = as_source(function, shape=(3, 4))
-    assert (calls[3:], probed.evaluations, probed.bytes_read) == ([1], 1, 0)
+    assert (calls[3:], probed.evaluations, probed.bytes_read) == ([1], 1, 8)
 
 
 def test_dtypes_of_functions():

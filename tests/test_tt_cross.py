@@ -296,7 +296,7 @@ def test_refusals(unchecked):
 
     with pytest.raises(ValueError, match=r"needs its mode sizes.*got None"):
         tt_cross(function)
-    with pytest.raises(TypeError, match="a source, a tensor or a callable, got int"):
+    with pytest.raises(TypeError, match=r"a tensor, an array, a function .* got int"):
         tt_cross(3)
     with pytest.raises(ValueError, match=r"shape must be that of the source, expected \(2, 3\), got \(3, 2\)"):
         tt_cross(torch.zeros(2, 3), shape=(3, 2))
@@ -310,7 +310,32 @@ def test_refusals(unchecked):
         tt_cross(function, shape=(2, 3), start=torch.tensor([[0, 3]]))
     with pytest.raises(ValueError, match=r"start must be a number of points"):
         tt_cross(function, shape=(2, 3), start=0)
-    with pytest.raises(ValueError, match=r"returns a tensor \(B,\), expected \(\d+,\), got \(\d+, 2\)"):
+    with pytest.raises(ValueError, match=r"one value an index, expected shape \(B = 1,\), got \(1, 2\)"):
         tt_cross(lambda i: i.double(), shape=(8, 8))
     with pytest.raises(ValueError, match=r"rank of bond 0 must be in 1\.\.2"):
         tt_cross(function, shape=(2, 3), rank=(5,))
+
+
+def test_the_probe_of_a_function_counts_once(rng):
+    """Its dtype is seen at the entry (0, 0, 0), which is not asked for again."""
+    asked = []
+
+    def function(index):
+        asked.extend(map(tuple, index.tolist()))
+        return 1 / (1.0 + index.sum(1).double())
+
+    result = tt_cross(function, shape=(3, 4, 3), tol=1e-13, generator=rng)
+    assert result.evaluations == len(asked) == len(set(asked))
+    assert result.bytes_read == 8 * len(asked)
+    assert (0, 0, 0) in asked
+
+
+def test_a_probe_that_is_not_finite_is_refused_only_where_it_is_read(rng):
+    def function(index):
+        values = index.sum(1).double()
+        return torch.where((index == 0).all(1), torch.inf, values)
+
+    with pytest.raises(ValueError, match=r"must be finite, got inf at index \(0, 0\)"):
+        tt_cross(function, shape=(4, 4), generator=rng)
+    result = tt_cross(function, shape=(40, 40, 40), rank=2, max_evals=600, held_out=40, generator=rng)
+    assert math.isfinite(result.error)

@@ -41,7 +41,7 @@ def copy_settings(source: nn.Module, target: nn.Module, weight: Tensor, bias: Te
 
 
 def run_recipe(name: str, recipe: Recipe, weight: Tensor) -> Network:
-    """Call a recipe on a copy, without autograd; take the network of a (network, error) pair and check it."""
+    """Call a recipe on a copy, without autograd; take the network of a (network, error) pair or of a result."""
     if not callable(recipe):
         raise TypeError(
             f"{name}: a recipe must be a callable dense weight -> Network, got {recipe!r}; for example "
@@ -49,7 +49,7 @@ def run_recipe(name: str, recipe: Recipe, weight: Tensor) -> Network:
         )
     with torch.no_grad(), exactly(weight.device):
         made = recipe(weight.detach().clone())
-    net = made[0] if isinstance(made, tuple) else made
+    net = made[0] if isinstance(made, tuple) else getattr(made, "network", made)  # as a CrossResult has it
     if not isinstance(net, Network):
         raise TypeError(f"{name}: a recipe must return a decompositions.Network, got {type(net).__name__}")
     if net.dtype != weight.dtype:
