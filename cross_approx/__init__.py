@@ -11,6 +11,8 @@ from cross_approx.chunked import ChunkError as ChunkError
 from cross_approx.digits import Quantization as Quantization
 from cross_approx.extrema import argmax as argmax
 from cross_approx.extrema import argmin as argmin
+from cross_approx.gram import tt_gram as tt_gram
+from cross_approx.gram import tucker_gram as tucker_gram
 from cross_approx.interpolation import downsample as downsample
 from cross_approx.interpolation import interpolate as interpolate
 from cross_approx.interpolation import upsample as upsample
@@ -22,12 +24,17 @@ from cross_approx.out_of_core import Hdf5Source as Hdf5Source
 from cross_approx.out_of_core import SafetensorsSource as SafetensorsSource
 from cross_approx.out_of_core import XarraySource as XarraySource
 from cross_approx.out_of_core import ZarrSource as ZarrSource
+from cross_approx.passes import PassError as PassError
+from cross_approx.passes import PassState as PassState
+from cross_approx.passes import read_boxes as read_boxes
 from cross_approx.quantized import qtt_cross as qtt_cross
 from cross_approx.refinement import downsample_digits as downsample_digits
 from cross_approx.refinement import upsample_digits as upsample_digits
 from cross_approx.result import CrossResult as CrossResult
 from cross_approx.sampling import sample as sample
 from cross_approx.skeleton import skeleton as skeleton
+from cross_approx.sketch import tt_sketch as tt_sketch
+from cross_approx.sketch import tucker_sketch as tucker_sketch
 from cross_approx.source import Source as Source
 from cross_approx.source import as_source as as_source
 from cross_approx.tt import tt_cross as tt_cross
