@@ -268,7 +268,7 @@ class _Task:
             squares += float((lost * self.spectra[bond].square()).sum())
         k = self.center
         fitted = self._applied(net.cores[k], k, refit)
-        if step is None and fitted.ndim:
+        if step is None:
             axes[k] = max(range(fitted.ndim), key=lambda a: fitted.shape[a])
         levels[k], scales[k], coded = self._coded(fitted, axes[k], step, None)
         squares += float(self._applied(coded - fitted, k, gauge).square().sum())
@@ -286,8 +286,6 @@ class _Task:
             order = _order(tuple(q.shape), [exponents.get(label) for label in leg])
             packed = pack_planes(q.flatten().numpy()[order].astype(np.int64))
             levels.append(torch.from_numpy(np.frombuffer(packed, dtype=np.uint8).copy()))
-        if trial.step is None:
-            scales[self.center] = scales[self.center] * self.norm
         return Coded(
             type(net).__name__, net.legs, net.rows, net.cols, shapes, "int8" if trial.step is None else "planes",
             trial.step or 1.0, self.norm, tuple(levels), tuple(scales), tuple(trial.axes), trial.error,
@@ -298,9 +296,10 @@ class _Task:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Levels, scales, and the core that they stand for."""
         if step is None:
-            largest = core.abs().movedim(axis, 0).flatten(1).amax(1) if core.ndim else core.abs()
-            scale = (largest / INT8).float()
-            spread = _along(scale.double(), axis, core.ndim)
+            largest = core.abs().movedim(axis, 0).reshape(core.shape[axis], -1).amax(1)
+            unit = self.norm if exponents is None else 1.0  # of the center: what is stored has the norm in it
+            scale = (largest * unit / INT8).float()
+            spread = _along(scale.double() / (unit or 1.0), axis, core.ndim)
             level = torch.where(spread > 0, core / spread, 0.0).round().clamp(-INT8, INT8)
             return level, scale, level * spread
         if exponents is None:
@@ -308,7 +307,7 @@ class _Task:
             return level, torch.empty(0, dtype=torch.uint8), level * step
         weight = _along(_powers(exponents), axis, core.ndim)
         level = (core * weight / step).round()
-        used = level.movedim(axis, 0).flatten(1).any(1)
+        used = level.movedim(axis, 0).reshape(level.shape[axis], -1).any(1)
         used[0] |= not bool(used.any())  # a bond has at least one index
         where = used.nonzero()[:, 0]
         level, weight = level.index_select(axis, where), weight.index_select(axis, where)

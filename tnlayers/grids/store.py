@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -178,11 +178,10 @@ def load_grid(folder: str | Path, dtype: torch.dtype | None = None) -> Grid:
             net.__post_init__()
             net = net if dtype is None else net.to(dtype)
         else:
-            parts = {
-                name: tuple(tensors.get(f"{name}.{k}", torch.empty(0)) for k in range(len(coded.legs)))
-                for name in ("levels", "scales")
-            }
-            net = Coded(**{**vars(coded), **parts}).network(dtype or torch.float64)
+            counts = [_scales(*pair) for pair in zip(coded.shapes, coded.axes, strict=True)]
+            levels, scales = tensors["levels"].split(structure["lengths"]), tensors["scales"].split(counts)
+            coded = replace(coded, levels=levels, scales=scales)
+            net = coded.network(dtype or torch.float64)
     return Grid(net, shape, quantization, structure["coding"], file.stat().st_size, _about(root))
 
 
@@ -196,9 +195,9 @@ def _parts(network: Network | Coded) -> tuple[dict[str, Tensor], dict[str, Any]]
     names = ("format", "coding", "step", "norm", "error")
     structure |= {name: getattr(network, name) for name in names}
     structure |= {"axes": list(network.axes), "shapes": [list(shape) for shape in network.shapes]}
-    parts = {"levels": network.levels, "scales": network.scales}
-    tensors = {f"{name}.{k}": t.contiguous() for name, each in parts.items() for k, t in enumerate(each) if t.numel()}
-    return tensors, structure
+    structure |= {"lengths": [t.numel() for t in network.levels]}
+    # one tensor for all cores: a header of many names would be larger than what they hold
+    return {"levels": torch.cat(network.levels), "scales": torch.cat(network.scales)}, structure
 
 
 def _header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]]]:
@@ -269,13 +268,15 @@ def _checked_structure(structure: Mapping[str, Any], stored: Mapping[str, tuple[
         return None
     int8 = structure["coding"] == "int8"
     axes = [int(axis) for axis in structure["axes"]]
-    for k, (shape, axis) in enumerate(zip(shapes, axes, strict=True)):
-        levels, scales = stored[f"levels.{k}"], stored.get(f"scales.{k}", ((0,), ""))
-        size = 0 if axis == -1 else shape[axis]
-        if levels[1] != "U8" or (int8 and levels[0] != (prod(shape),)):
-            raise ValueError(f"core {k} of shape {shape} does not fit levels {levels}")
-        if scales[0] != (size,) or (size and scales[1] != ("F32" if int8 else "U8")):
-            raise ValueError(f"core {k} needs {size} scales, got {scales}")
+    if set(stored) != {"levels", "scales"} or len(axes) != len(shapes):
+        raise ValueError(f"expected levels, scales and {len(shapes)} axes, got {sorted(stored)} and {len(axes)}")
+    lengths = [int(n) for n in structure["lengths"]]
+    expected_lengths = [prod(shape) for shape in shapes] if int8 else lengths
+    if stored["levels"] != ((sum(lengths),), "U8") or lengths != expected_lengths or len(lengths) != len(shapes):
+        raise ValueError(f"levels of the lengths {lengths} do not fit cores {shapes}, got {stored['levels']}")
+    count = sum(_scales(*pair) for pair in zip(shapes, axes, strict=True))
+    if stored["scales"] != ((count,), "F32" if int8 else "U8"):
+        raise ValueError(f"expected {count} scales, got {stored['scales']}")
     numbers = [float(structure[name]) for name in ("step", "norm", "error")]
     if not all(isfinite(n) and n >= 0 for n in numbers):
         raise ValueError(f"expected a finite step, norm and error, got {numbers}")
@@ -308,6 +309,13 @@ def _tensors(file: Path, structure: Mapping[str, Any]) -> dict[str, Tensor]:
         if checkpoint._checksum(values[name]) != checksum:
             raise ValueError(f"tensor {name} does not match its checksum")
     return values
+
+
+def _scales(shape: Sequence[int], axis: int) -> int:
+    """How many scales a core has."""
+    if not -1 <= axis < len(shape):
+        raise ValueError(f"expected an axis of a core of shape {tuple(shape)}, got {axis}")
+    return 0 if axis == -1 else shape[axis]
 
 
 def _about(root: Path) -> dict[str, Any]:
