@@ -70,10 +70,14 @@ def test_damaged_planes_are_refused_or_at_least_bounded(seed):
         packed[int(rng.integers(len(packed)))] ^= 1 << int(rng.integers(8))
     else:
         del packed[int(rng.integers(len(packed))) :]
+    refused = None
     try:
         assert len(unpack_planes(bytes(packed), 300)) == 300
     except ValueError as error:
-        assert "damaged" in str(error)
+        refused = str(error)
+    assert refused is None or "damaged" in refused
+    if seed % 2 == 0:
+        assert refused is not None  # every cut is seen
 
 
 def test_a_plane_that_would_grow_without_bound_is_cut_at_its_size():
@@ -189,7 +193,7 @@ def test_code_refuses(rng):
     for error in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="error must be a number above 0"):
             code(net, "planes", error)
-    with pytest.raises(ValueError, match="int8 changes this network by .*, expected at most"):
+    with pytest.raises(ValueError, match=r"int8 changes this network by .*, expected at most"):
         code(net, "int8", 1e-6)
     with pytest.raises(ValueError, match="expected an error of at least about 1e-13 of the norm"):
         code(net, "planes", 1e-18 * float(norm(net)))
@@ -202,7 +206,7 @@ def test_decoding_refuses_what_does_not_fit(rng):
     with pytest.raises(ValueError, match="expected one of the formats"):
         Coded(**{**vars(coded), "format": "Rope"}).network()
     short = (coded.scales[0][:-1], *coded.scales[1:])
-    with pytest.raises(ValueError, match="must have .* scales"):
+    with pytest.raises(ValueError, match=r"must have .* scales"):
         Coded(**{**vars(coded), "scales": short}).network()
     cut = (coded.levels[0][:-1], *coded.levels[1:])
     with pytest.raises(ValueError, match="damaged"):

@@ -24,6 +24,9 @@ KEY = "tnlayers.grid"
 GRID_FILE = "grid.safetensors"
 ABOUT_FILE = "grid.json"
 PAGE_FILE = "report.html"
+PACKED, SMALL = 1 << 16, 1 << 24
+"""Numbers that a byte of planes stands for at most (LZMA takes zeros 7000 to 1, a bit each); cores of fewer than SMALL
+numbers are not looked at."""
 MARKS = (GRID_FILE, ABOUT_FILE)
 """A folder that holds none of these is no grid's, and is never overwritten."""
 
@@ -274,6 +277,9 @@ def _checked_structure(structure: Mapping[str, Any], stored: Mapping[str, tuple[
     expected_lengths = [prod(shape) for shape in shapes] if int8 else lengths
     if stored["levels"] != ((sum(lengths),), "U8") or lengths != expected_lengths or len(lengths) != len(shapes):
         raise ValueError(f"levels of the lengths {lengths} do not fit cores {shapes}, got {stored['levels']}")
+    for shape, length in zip(shapes, lengths, strict=True):
+        if not int8 and prod(shape) > max(SMALL, PACKED * length):
+            raise ValueError(f"{length} bytes cannot hold the planes of a core of shape {shape}")
     count = sum(_scales(*pair) for pair in zip(shapes, axes, strict=True))
     if stored["scales"] != ((count,), "F32" if int8 else "U8"):
         raise ValueError(f"expected {count} scales, got {stored['scales']}")
