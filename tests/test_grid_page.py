@@ -32,24 +32,21 @@ def test_the_page_is_self_contained_and_escaped(page):
 def test_the_page_says_both_errors_and_what_was_read(page):
     text, result = page
     plain = re.sub(r"<[^>]+>", " ", text)
-    for word in (
-        f"{result.measures.psnr:.2f} dB",
-        f"{result.measures.relative_error:.3g}",
-        "foreground",
-        "all entries",
-    ):
-        assert word in plain
+    for number in (f"{result.measures.psnr:.2f} dB", f"{result.measures.relative_error:.3g}"):
+        assert number in plain
+    assert "PSNR of the foreground" in plain
+    assert "on all entries" in plain
     assert "1680 (100%)" in plain  # entries asked for
     assert "target tol 0.01: met" in plain
     assert f"{result.about['ratio']:.3g}x" in plain
 
 
-@pytest.mark.parametrize("order", [1, 2, 4])
+@pytest.mark.parametrize("order", [1, 2])
 def test_other_orders_have_a_page_too(tmp_path, order):
     np.save(tmp_path / "x.npy", 1 / (1.0 + np.indices((6,) * order).sum(0)))
     run(GridConfig(str(tmp_path / "x.npy"), tmp_path / "g", "tt", tol=0.05))
     text = (tmp_path / "g" / "report.html").read_text()
-    assert text.count("<img ") == {1: 1, 2: 2, 4: 4}[order]
+    assert text.count("<img ") == order
 
 
 def test_one_colour_scale_for_original_and_decoded():

@@ -120,7 +120,7 @@ def boxes(shape: Sequence[int], most: int, chunks: Sequence[int] | None = None) 
         sizes = [min(c, n) for c, n in zip(chunks, shape, strict=True)]
     for k in reversed(range(len(shape))):
         room = most // max(1, prod(sizes))
-        sizes[k] = min(shape[k], sizes[k] * max(1, room))
+        sizes[k] = max(1, min(shape[k], sizes[k] * max(1, room)))
     yield from (
         tuple(slice(at, min(at + size, n)) for at, size, n in zip(corner, sizes, shape, strict=True))
         for corner in product(*(range(0, n, size) for n, size in zip(shape, sizes, strict=True)))

@@ -158,7 +158,7 @@ def _from_npz(who: str, path: Path, name: str | None) -> np.ndarray:
     import zipfile
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             array: np.ndarray = file[_named(who, path, name, list(file.files))]
     except (zipfile.BadZipFile, EOFError, KeyError) as error:
         raise ValueError(f"{who}: {path} is not a readable .npz ({error}); it may be cut short") from None

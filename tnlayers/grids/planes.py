@@ -35,7 +35,7 @@ def pack_planes(numbers: np.ndarray) -> bytes:
         >>> import numpy as np
         >>> numbers = np.array([9, -3, 0, 1] + [0] * 996)
         >>> data = pack_planes(numbers)
-        >>> len(data) < 60, bool((unpack_planes(data, 1000) == numbers).all())
+        >>> len(data) < 120, bool((unpack_planes(data, 1000) == numbers).all())
         (True, True)
     """
     numbers = np.asarray(numbers, dtype=np.int64)
