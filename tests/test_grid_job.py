@@ -116,7 +116,8 @@ def test_coded_files_are_small(tmp_path):
         sizes = {}
         for tol, coding in ((0.05, "none"), (0.05, "int8"), (0.01, "none"), (0.01, "planes")):
             out = tmp_path / f"{format}{tol}{coding}"
-            sizes[tol, coding] = run(
+            config = GridConfig(str(tmp_path / "x.npy"), out, format, tol=tol, coding=coding)
+            sizes[tol, coding] = run(config).grid.nbytes
                 GridConfig(str(tmp_path / "x.npy"), out, format, tol=tol, coding=coding)
             ).grid.nbytes
         assert sizes[0.01, "planes"] < 0.3 * sizes[0.01, "none"]
