@@ -118,8 +118,6 @@ def test_coded_files_are_small(tmp_path):
             out = tmp_path / f"{format}{tol}{coding}"
             config = GridConfig(str(tmp_path / "x.npy"), out, format, tol=tol, coding=coding)
             sizes[tol, coding] = run(config).grid.nbytes
-                GridConfig(str(tmp_path / "x.npy"), out, format, tol=tol, coding=coding)
-            ).grid.nbytes
         assert sizes[0.01, "planes"] < 0.3 * sizes[0.01, "none"]
         assert sizes[0.05, "int8"] < 0.7 * sizes[0.05, "none"]
 
