@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -411,12 +411,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def free_target(who: str, folder: str | Path, overwrite: bool) -> Path:
+def free_target(who: str, folder: str | Path, overwrite: bool, marks: Sequence[str] = MARKS) -> Path:
     """The real path of a folder to write; refused where something else would be lost.
 
     Raises:
         FileNotFoundError: its parent does not exist.
-        ValueError: a file; a folder that is not empty without `overwrite`, or that holds no model.
+        ValueError: a file; a folder that is not empty without `overwrite`, or that holds none of the `marks`.
 
     Example:
         >>> free_target("save", "no/such/place", False)
@@ -432,13 +432,16 @@ def free_target(who: str, folder: str | Path, overwrite: bool) -> Path:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise ValueError(f"{who}: {folder} must be empty or new; give overwrite=True to replace it")
-        if not any((target / mark).is_file() for mark in MARKS):
-            raise ValueError(f"{who}: {folder} holds no model and is not overwritten; give another folder")
+        if not any((target / mark).is_file() for mark in marks):
+            kind = "model" if marks == MARKS else "grid"
+            raise ValueError(f"{who}: {folder} holds no {kind} and is not overwritten; give another folder")
     return target
 
 
 @contextmanager
-def written_folder(folder: str | Path, overwrite: bool = False, who: str = "save_folder") -> Iterator[Path]:
+def written_folder(
+    folder: str | Path, overwrite: bool = False, who: str = "save_folder", marks: Sequence[str] = MARKS
+) -> Iterator[Path]:
     """A temporary folder beside `folder`, which takes its name when the block ends; nothing remains of one that fails.
 
     Example:
@@ -449,7 +452,7 @@ def written_folder(folder: str | Path, overwrite: bool = False, who: str = "save
         ...     [str(p.relative_to(parent)) for p in Path(parent).rglob("*")]
         ['new', 'new/x']
     """
-    target = free_target(who, folder, overwrite)
+    target = free_target(who, folder, overwrite, marks)
     mark = secrets.token_hex(6)
     temporary, aside = (target.with_name(f".{target.name[:40]}.{mark}.{end}") for end in ("tmp", "old"))
     temporary.mkdir()
