@@ -1,6 +1,6 @@
 """Gradients through a cross: pivots are found without, and the entries at them are differentiated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isfinite, nan
 from numbers import Integral
@@ -103,9 +103,10 @@ def differentiable_cross(
     if held_out is not None:
         _check_count(name, "held_out", held_out, 0)
     count = (1000 if pivots is None else 0) if held_out is None else held_out
+    if callable(source) and not hasattr(source, "entries") and shape is not None:
+        source = _Field(source, tuple(shape))
     opened = as_source(source, shape=shape) if isinstance(source, Tensor) else open_source(name, source, shape)
-    # a source that was made here may have looked at an entry to learn its dtype
-    evaluations = 0 if opened is source else getattr(opened, "evaluations", 0)
+    evaluations = 0
     bytes_before = getattr(opened, "bytes_read", None)
     search, cut = None, 0.0
     if pivots is None:
@@ -363,6 +364,28 @@ def _cores(name: str, values: Tensor, cross: FrozenCross) -> list[Tensor]:
         shape = ((r,) if k else ()) + (n,) + ((s,) if k < last else ())
         cores.append(core.reshape(shape).to(values.dtype))
     return cores
+
+
+class _Field:
+    """A function as a source whose dtype is seen in its first values: no entry but those of the cross is asked for."""
+
+    chunks = None
+    device = torch.device("cpu")
+
+    def __init__(self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+        self.function, self.shape, self.dtype = function, shape, torch.get_default_dtype()
+
+    def entries(self, index: Int[Tensor, "B d"]) -> Inexact[Tensor, "B"]:
+        """Values at the rows of `index`, with their gradients."""
+        values = self.function(index)
+        if not isinstance(values, Tensor) or values.shape != (len(index),):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"differentiable_cross: a function takes indices (B, d) and returns a tensor (B,), expected "
+                f"({len(index)},), got {got}"
+            )
+        self.dtype, self.device = values.dtype, values.device
+        return values
 
 
 class _Sampled(Reader):

@@ -439,5 +439,5 @@ def test_functions_refuse(rng):
         apply_function(torch.add, a, b)
     with pytest.raises(TypeError, match="one or more networks"):
         apply_function(torch.exp)
-    with pytest.raises(ValueError, match="entries must be finite, got nan"):
+    with pytest.raises(ValueError, match="values must be finite, got nan"):
         apply_function(lambda v: v * math.nan, a)
