@@ -13,8 +13,8 @@ from cross_approx.held_out import HeldOut
 from cross_approx.out_of_core import ZarrSource
 from cross_approx.reader import Entries
 
-HELD_SHARE = 0.05
-"""Part of the bytes allowed that goes to random chunks, where entries are held out."""
+HELD_SHARE = 0.025
+"""Part of the bytes allowed that random chunks take, where entries are held out, if that is 8 of them at least."""
 
 PIVOT_SHARE = 0.25
 """Part of the bytes allowed that the columns of the pivots may take where the store lacks chunks; the rest is for a
@@ -102,8 +102,8 @@ class ChunkChoice:
         for k, lengths in enumerate(self.lengths):
             shape = [-1 if axis == k else 1 for axis in range(len(self.counts))]
             self._volume = self._volume * (lengths / lengths.sum()).reshape(shape)
+        self._draw(fraction, generator)
         self._columns(name, fraction)
-        self._held(fraction, generator)
         self._fill_up(fraction, generator)
 
     @property
@@ -172,13 +172,13 @@ class ChunkChoice:
     def _columns(self, name: str, fraction: float) -> None:
         counts = [1] * len(self.counts)
         # a fit stays in the columns too where nothing is known of other chunks
-        share = 1 - HELD_SHARE if bool(self.stored.all()) else PIVOT_SHARE
+        share = 1.0 if bool(self.stored.all()) else PIVOT_SHARE
         columns = [self._spread(k, 1) for k in range(len(counts))]
-        least = self.share(self._touched(columns))
-        if least > (1 - HELD_SHARE) * fraction:
+        least = self.share(self._touched(columns) | self.held)
+        if least > fraction:
             raise ValueError(
-                f"{name}: chunk_fraction = {fraction} is too small, the fibers through one chunk touch "
-                f"{least:.3g} of the bytes; expected at least {least / (1 - HELD_SHARE):.3g}, or smaller chunks"
+                f"{name}: chunk_fraction = {fraction} is too small, the fibers through one chunk and "
+                f"{len(self.drawn)} random chunks touch {least:.3g} of the bytes; ask for more, or store smaller chunks"
             )
         growing = True
         while growing:
@@ -187,33 +187,28 @@ class ChunkChoice:
                 if counts[k] == self.counts[k]:
                     continue
                 more = [*columns[:k], self._spread(k, counts[k] + 1), *columns[k + 1 :]]
-                if fraction == 1 or self.share(self._touched(more)) <= share * fraction:
+                if fraction == 1 or self.share(self._touched(more) | self.held) <= share * fraction:
                     columns, growing = more, True
                     counts[k] += 1
                     break
         self.allowed = [torch.isin(self.number[k], column).nonzero()[:, 0] for k, column in enumerate(columns)]
         self.chosen = self._touched(columns)
 
-    def _held(self, fraction: float, generator: torch.Generator | None) -> None:
-        """Chunks drawn with replacement by volume: an entry drawn from a random one of them is uniform."""
-        size = self.share(self.chosen)
-        room = min(fraction, size + HELD_SHARE * fraction) if fraction < 1 else 1.0
+    def _draw(self, fraction: float, generator: torch.Generator | None) -> None:
+        """Chunks drawn with replacement by volume: an entry drawn from a random one of them is uniform.
+
+        How many is settled before: to stop at a budget would favour chunks that cost nothing.
+        """
+        count = 1 << 10
+        price = float((self._volume.square() * self.stored).sum())  # expected, of one draw
+        if fraction < 1 and price > 0:
+            count = min(count, max(8, int(HELD_SHARE * fraction / price)))
+            count = max(1, min(count, int(fraction / 4 / float(self._volume.max()))))
+        ends = self._volume.flatten().cumsum(0)
+        at = torch.rand(count, generator=generator, dtype=torch.float64) * ends[-1]
+        self.drawn = torch.searchsorted(ends, at).clamp(max=len(ends) - 1)
         self.held = torch.zeros(self.counts, dtype=torch.bool)
-        drawn: list[Tensor] = []
-        weights = self._volume.flatten()
-        ends = weights.cumsum(0)
-        flat, chosen, stored = self.held.view(-1), self.chosen.flatten(), self.stored.flatten()
-        for _ in range(1 << 10):
-            at = torch.searchsorted(ends, torch.rand(1, generator=generator, dtype=torch.float64) * ends[-1])
-            at = at.clamp(max=len(ends) - 1)
-            if not (flat[at] | chosen[at] | ~stored[at]) and size + float(weights[at]) > room:
-                break
-            size += 0.0 if flat[at] | chosen[at] | ~stored[at] else float(weights[at])
-            flat[at] = True
-            drawn.append(at)
-        if not drawn:  # chunks larger than the budget: the chosen ones have to do
-            drawn = list((chosen | ~stored).nonzero())
-        self.drawn = torch.cat(drawn)
+        self.held.view(-1)[self.drawn] = True
 
     def _fill_up(self, fraction: float, generator: torch.Generator | None) -> None:
         """More chunks for a fit, as far as the budget goes: inner ones, which hold most, first."""

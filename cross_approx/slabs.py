@@ -126,11 +126,12 @@ def _asked(product: Sequence[Tensor], choice: ChunkChoice | None) -> Tensor | No
     return None if choice is None else choice.box(choice.chosen & choice.stored, product)
 
 
-def slab_basis(block: Block, mode: int, rank: int) -> Inexact[Tensor, "n r"]:
-    """Dominant left singular vectors of a slab's unfolding at its whole mode."""
+def slab_basis(block: Block, mode: int, rank: int, cut: float = 0.0) -> Inexact[Tensor, "n r"]:
+    """Dominant left singular vectors of a slab's unfolding at its whole mode, without those below `cut` of its norm."""
     matrix = block.values.movedim(mode, 0).reshape(block.values.shape[mode], -1)
-    values, vectors = torch.linalg.eigh(matrix @ matrix.mH)
-    return vectors[:, values.argsort(descending=True)[:rank]]
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.mH)
+    shown = int((squares > max(1e-14, cut**2) * squares.clamp(min=0).sum()).sum())
+    return vectors.flip(1)[:, : max(1, min(rank, shown))]
 
 
 def fit_capped_train(

@@ -296,15 +296,18 @@ class _Search:
 
     def _fit(self) -> None:
         """A network fitted to slabs, if the limits let it; it and the cross are compared on a fresh sample."""
-        ranks = [len(p) for p in self.pivots]
+        # fibers within few columns of chunks may have shown less than the caps
+        ranks = [len(p) for p in self.pivots] if self.choice is None else self.caps
         fresh = monitor_of(self.reader, self.held_out, self.generator, self.choice)
         fresh.refresh()
         masses = self.masses if self.choice is None else self.choice.masses()
         blocks = read_slabs(self.reader, ranks, masses, self.choice, fresh)
         if blocks is None:
             return
-        factors = [slab_basis(block, k, r) for k, (block, r) in enumerate(zip(blocks, ranks, strict=True))]
-        core = torch.zeros(ranks, dtype=blocks[0].values.dtype)
+        factors = [
+            slab_basis(block, k, r, 0.1 * self.tol) for k, (block, r) in enumerate(zip(blocks, ranks, strict=True))
+        ]
+        core = torch.zeros([u.shape[1] for u in factors], dtype=blocks[0].values.dtype)
         core, factors = fit_tucker(blocks, core, factors, FIT_SWEEPS)
         cross, fitted = self._last, self._rounded(core, factors, [])
         found = [(fresh.relative(_errors_on(fresh, last)), len(fresh.index), *last) for last in (fitted, cross)]

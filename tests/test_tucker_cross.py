@@ -118,8 +118,17 @@ def test_capped_rank_comes_close_to_the_best(seed):
     assert 0.8 <= result.error / distance(result.network, x) <= 1.3
 
 
-def test_a_peak_between_the_fibers_is_not_called_converged(rng):
-    """Entries that sit nowhere else: the largest held-out one is found, the tensor is of rank 2."""
+def test_a_cap_for_one_mode_leaves_the_others_exact(rng):
+    x = to_dense(Tucker.random(row_modes=(30, 32, 34), rank=(6, 6, 2), generator=rng, dtype=F64))
+    result = tucker_cross(x, rank=(3, 6, 6), tol=1e-6, generator=rng)
+    assert result.reason == "the rank cap binds"
+    assert result.network.ranks == (3, 6, 2)
+    best = distance(st_hosvd(x, rank=(3, 6, 2)), x)
+    assert distance(result.network, x) <= 1.5 * best  # a bare cross has more than twice that error
+
+
+def test_a_peak_beside_the_fibers_is_found(rng):
+    """A box of rank one on a constant: fibers miss it, held-out entries see it and bring fibers through it."""
     x = torch.ones(20, 20, 20, dtype=F64)
     x[7:11, 3:8, 12:17] = 50.0
     result = tucker_cross(x, tol=1e-9, generator=rng)
