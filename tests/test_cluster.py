@@ -53,7 +53,7 @@ def wrapped(source, client, **options):
 
 
 @pytest.fixture(scope="module")
-def client():
+def connected():
     distributed = pytest.importorskip("distributed", reason="needs the extra `grids`")
     with (
         distributed.LocalCluster(
@@ -62,6 +62,13 @@ def client():
         distributed.Client(cluster) as client,
     ):
         yield client
+
+
+@pytest.fixture
+def client(connected):
+    """Both workers alive: the test before may have killed one, which takes a while to start again."""
+    connected.wait_for_workers(2, timeout=60)
+    return connected
 
 
 @pytest.fixture
