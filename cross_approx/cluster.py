@@ -34,7 +34,7 @@ class ClusterSource(ChunkedSource):
     A request becomes one task a chunk: the worker reads the chunk and answers with the stored numbers asked for. A
     chunk is read once a request; workers keep those that they have read, and get the same ones again while they live.
     The entries are those of the store's own source, bit for bit. A worker that dies loses nothing: the cluster gives
-    its tasks to others.
+    its tasks to others. While no worker lives a request waits for one, without limit.
     Memory: the request on the client; `cache_bytes` and the chunks in work on every worker.
 
     Args:

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -52,23 +53,25 @@ def wrapped(source, client, **options):
     return cluster
 
 
-@pytest.fixture(scope="module")
-def connected():
+@contextmanager
+def two_processes():
     distributed = pytest.importorskip("distributed", reason="needs the extra `grids`")
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0
-        ) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0", "memory_limit": 0}
+    with distributed.LocalCluster(n_workers=2, **options) as cluster, distributed.Client(cluster) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client():
+    with two_processes() as client:
         yield client
 
 
 @pytest.fixture
-def client(connected):
-    """Both workers alive: the test before may have killed one, which takes a while to start again."""
-    connected.wait_for_workers(2, timeout=60)
-    return connected
+def mortal():
+    """A cluster of the test's own: what it kills is missed by no other test."""
+    with two_processes() as client:
+        yield client
 
 
 @pytest.fixture
@@ -249,18 +252,18 @@ def test_the_order_of_summation_is_that_of_the_boxes(client, tmp_path):
 # --- workers that die, chunks that fail ---
 
 
-def test_a_killed_worker_loses_no_entry(client, tmp_path, x, index):
-    source = wrapped(Formula(tmp_path, doomed=(1, 1, 0)), client)
+def test_a_killed_worker_loses_no_entry(mortal, tmp_path, x, index):
+    source = wrapped(Formula(tmp_path, doomed=(1, 1, 0)), mortal)
     check(source, x, index)
     assert (tmp_path / "killed").exists()
     check(source, x, index)
 
 
-def test_a_killed_worker_changes_no_bit_of_a_sum(client, tmp_path):
+def test_a_killed_worker_changes_no_bit_of_a_sum(mortal, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    calm = wrapped(Formula(tmp_path / "a"), client).sum_over_boxes(gram, group=3)
-    source = wrapped(Formula(tmp_path / "b", doomed=(2, 1, 1)), client)
+    calm = wrapped(Formula(tmp_path / "a"), mortal).sum_over_boxes(gram, group=3)
+    source = wrapped(Formula(tmp_path / "b", doomed=(2, 1, 1)), mortal)
     sums = source.sum_over_boxes(gram, group=3)
     assert (tmp_path / "b" / "killed").exists()
     assert all(torch.equal(sums[name], part) for name, part in calm.items())
@@ -268,7 +271,7 @@ def test_a_killed_worker_changes_no_bit_of_a_sum(client, tmp_path):
 
 
 @pytest.mark.parametrize("persisted", [False, True])
-def test_a_worker_killed_by_a_block_of_a_dask_array(client, tmp_path, x, index, persisted):
+def test_a_worker_killed_by_a_block_of_a_dask_array(mortal, tmp_path, x, index, persisted):
     da = pytest.importorskip("dask.array")
 
     def block(part, block_info=None):
@@ -276,24 +279,24 @@ def test_a_worker_killed_by_a_block_of_a_dask_array(client, tmp_path, x, index, 
         return part
 
     array = da.from_array(x, chunks=CHUNKS).map_blocks(block, dtype=x.dtype, meta=np.zeros((0, 0, 0)))
-    source = ClusterSource(array.persist() if persisted else array, client)
+    source = ClusterSource(array.persist() if persisted else array, mortal)
     check(source, x, index)
     total = source.sum_over_boxes(lambda values, box: {"sum": values.sum()})["sum"]
     assert total.item() == pytest.approx(x.sum(), rel=1e-12)
     assert (tmp_path / "killed").exists()
 
 
-def test_all_workers_killed_between_requests(client, tmp_path, x, index):
+def test_all_workers_killed_between_requests(mortal, tmp_path, x, index):
     """Kept chunks and the store's opened source die with them, and are made again."""
-    source = wrapped(Formula(tmp_path), client)
+    source = wrapped(Formula(tmp_path), mortal)
     check(source, x, index)
-    for pid in client.run(os.getpid).values():
+    for pid in mortal.run(os.getpid).values():
         os.kill(pid, signal.SIGKILL)
     check(source, x, index)
     assert source.sum_over_boxes(gram)["square"].item() == pytest.approx(np.square(x).sum(), rel=1e-13)
 
 
-def test_a_worker_killed_after_it_answered(client, tmp_path, x, index, monkeypatch):
+def test_a_worker_killed_after_it_answered(mortal, tmp_path, x, index, monkeypatch):
     """Answers that were finished and still on a worker that dies are made again, not reported as failures."""
     distributed = pytest.importorskip("distributed")
     wait, killed = distributed.wait, []
@@ -301,7 +304,7 @@ def test_a_worker_killed_after_it_answered(client, tmp_path, x, index, monkeypat
     def wait_and_kill(futures, **options):
         result = wait(futures, **options)
         if not killed:
-            killed.extend(client.run(os.getpid).values())
+            killed.extend(mortal.run(os.getpid).values())
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
             deadline = time.monotonic() + 30
@@ -311,7 +314,7 @@ def test_a_worker_killed_after_it_answered(client, tmp_path, x, index, monkeypat
         return result
 
     monkeypatch.setattr(distributed, "wait", wait_and_kill)
-    source = wrapped(Formula(tmp_path), client)
+    source = wrapped(Formula(tmp_path), mortal)
     assert torch.equal(source.entries(index), torch.from_numpy(x)[index.unbind(1)])
     assert len(killed) == 2
 
