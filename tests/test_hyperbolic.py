@@ -1,0 +1,186 @@
+"""Points of hyperbolic space against 60 digits, near and far, and the identities of the geometry."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+from tnlayers import hyperbolic as H
+
+F64 = torch.float64
+CURVATURES = [0.25, 1.0, 3.0]
+
+
+def points(count, d, radius, c, rng, dtype=F64):
+    v = torch.randn(count, d, generator=rng, dtype=F64)
+    v = v / v.norm(dim=1, keepdim=True) * torch.rand(count, 1, generator=rng, dtype=F64) * radius
+    return H.lorentz_exp0(v, c).to(dtype)
+
+
+def exact_distance(x, y, c):
+    """Of the space coordinates as they are, in 60 digits."""
+    with mpmath.workdps(60):
+        x, y = ([mpmath.mpf(float(t)) for t in z[1:]] for z in (x, y))
+        c = mpmath.mpf(c)
+        lifted = [mpmath.sqrt(1 / c + sum(t * t for t in z)) for z in (x, y)]
+        inner = lifted[0] * lifted[1] - sum(a * b for a, b in zip(x, y, strict=True))
+        return mpmath.acosh(c * inner) / mpmath.sqrt(c)
+
+
+@pytest.mark.parametrize("c", CURVATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_lorentz_distances_near_and_far(c, dtype, rng):
+    """As exact as the coordinates: moving each by an eps changes the distance as much."""
+    eps = torch.finfo(dtype).eps
+    for radius in (1e-6, 1.0, 8.0, 40.0 if dtype == torch.float32 else 300.0):
+        x = points(20, 4, radius / math.sqrt(c), c, rng, dtype)
+        y = points(20, 4, radius / math.sqrt(c), c, rng, dtype)
+        near = x.clone()
+        near[:, 1] += near[:, 1].abs() * 1e-3
+        for z in (y, near, -near):
+            z = H.lorentz_project(z, c)
+            found = H.lorentz_distance(x, z, c)
+            for i in range(len(x)):
+                exact = exact_distance(x[i], z[i], c)
+                # the distance that a relative change of eps in the coordinates makes, and rounding of the result
+                moved = exact_distance(x[i], z[i] * (1 + torch.linspace(-4, 4, 5, dtype=F64) * eps), c)
+                allowed = 40 * eps * exact + 4 * abs(moved - exact) + 1e-300
+                assert abs(mpmath.mpf(float(found[i])) - exact) <= allowed, (radius, i, float(found[i]), float(exact))
+
+
+@pytest.mark.parametrize("c", CURVATURES)
+def test_limits_that_the_module_states(c):
+    """√c ρ of 40 and 340 in the Lorentz model; beyond 14 and 34 the ball puts points on its edge."""
+    direction = torch.tensor([0.6, -0.8], dtype=F64)
+    for dtype, far, edge in ((torch.float32, 40.0, 14.0), (F64, 340.0, 34.0)):
+        v = (direction * far / math.sqrt(c)).to(dtype)
+        x = H.lorentz_exp0(v, c)
+        assert torch.allclose(H.lorentz_log0(x, c), v, rtol=1e-5)
+        origin = H.lorentz_exp0(torch.zeros(2, dtype=dtype), c)
+        assert math.isclose(float(H.lorentz_distance(origin, x, c)), far / math.sqrt(c), rel_tol=1e-5)
+        assert math.isclose(
+            float(H.lorentz_distance(x, H.lorentz_exp0(-v, c), c)), 2 * far / math.sqrt(c), rel_tol=1e-5
+        )
+        inside = (direction * edge / math.sqrt(c)).to(dtype) / 2  # poincare_exp0(v) lies at distance 2 |v|
+        p = H.poincare_exp0(inside, c)
+        assert math.isclose(float(H.poincare_log0(p, c).norm()), float(inside.norm()), rel_tol=0.05)
+        beyond = H.poincare_exp0(4 * inside, c)
+        assert float(beyond.norm()) * math.sqrt(c) < 1
+        assert torch.isfinite(H.poincare_distance(beyond, -beyond, c))
+
+
+@pytest.mark.parametrize("c", CURVATURES)
+def test_exponential_logarithm_and_transport(c, rng):
+    x, y, z = (points(50, 3, 3.0, c, rng) for _ in range(3))
+    v = H.lorentz_log(x, y, c)
+    assert float(H.lorentz_inner(x, v).abs().max()) <= 1e-9
+    assert torch.allclose(H.lorentz_inner(v, v).clamp_min(0).sqrt(), H.lorentz_distance(x, y, c), atol=1e-9)
+    assert torch.allclose(H.lorentz_exp(x, v, c), y, atol=1e-8)
+    w = H.lorentz_project_tangent(x, torch.randn(50, 4, dtype=F64, generator=rng), c)
+    moved = H.lorentz_transport(x, z, w, c)
+    assert float(H.lorentz_inner(z, moved).abs().max()) <= 1e-8 * float(moved.abs().max() * z.abs().max())
+    assert torch.allclose(H.lorentz_inner(moved, moved), H.lorentz_inner(w, w), rtol=1e-7, atol=1e-7)
+    assert torch.allclose(H.lorentz_transport(z, x, moved, c), w, atol=1e-7)
+
+
+@pytest.mark.parametrize("c", CURVATURES)
+def test_the_models_agree(c, rng):
+    x, y = (points(50, 3, 2.0, c, rng) for _ in range(2))
+    p, q = (H.lorentz_to_poincare(z, c) for z in (x, y))
+    assert torch.allclose(H.poincare_to_lorentz(p, c), x, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(H.poincare_distance(p, q, c), H.lorentz_distance(x, y, c), rtol=1e-9, atol=1e-9)
+    v = H.poincare_log(p, q, c)
+    assert torch.allclose(H.poincare_exp(p, v, c), q, atol=1e-9)
+    length = 2 * v.norm(dim=1) / (1 - c * p.square().sum(1))
+    assert torch.allclose(length, H.poincare_distance(p, q, c), rtol=1e-8)
+    assert torch.allclose(H.mobius_add(-p, H.mobius_add(p, q, c), c), q, atol=1e-9)
+    w = torch.randn(50, 3, dtype=F64, generator=rng)
+    moved = H.poincare_transport(p, q, w, c)
+    scale = (1 - c * p.square().sum(1)) / (1 - c * q.square().sum(1))
+    assert torch.allclose(moved.norm(dim=1) * scale, w.norm(dim=1), rtol=1e-8)
+    # the differential of the projection carries one transport into the other
+    lifted = torch.func.jvp(lambda t: H.poincare_to_lorentz(t, c), (p,), (w,))[1]
+    both = torch.func.jvp(lambda t: H.lorentz_to_poincare(t, c), (y,), (H.lorentz_transport(x, y, lifted, c),))[1]
+    assert torch.allclose(both, moved, rtol=1e-7, atol=1e-7)
+
+
+def test_a_tensor_of_curvatures_acts_point_by_point(rng):
+    c = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+    v = torch.randn(3, 2, dtype=F64, generator=rng)
+    together = H.lorentz_exp0(v, c)
+    for i in range(3):
+        assert torch.equal(together[i], H.lorentz_exp0(v[i], float(c[i])))
+    distances = H.lorentz_distance(together, H.lorentz_exp0(-v, c), c)
+    assert torch.allclose(distances, 2 * v.norm(dim=1))
+
+
+@pytest.mark.parametrize("name", ["lorentz_distance", "lorentz_square_distance", "lorentz_log", "lorentz_exp"])
+def test_gradients(name, rng):
+    x, y = (torch.randn(4, 3, dtype=F64, generator=rng).requires_grad_() for _ in range(2))
+    c = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    def function(x, y, c):
+        first = H.lift(x, c)
+        second = H.lift(y, c)
+        if name == "lorentz_exp":
+            second = H.lorentz_project_tangent(first, second, c)
+        return getattr(H, name)(first, second, c)
+
+    assert torch.autograd.gradcheck(function, (x, y, c))
+
+
+@pytest.mark.parametrize("name", ["poincare_distance", "mobius_add", "poincare_log", "poincare_exp"])
+def test_gradients_in_the_ball(name, rng):
+    p, q = (torch.randn(4, 3, dtype=F64, generator=rng) * 0.2 for _ in range(2))
+    assert torch.autograd.gradcheck(lambda p, q: getattr(H, name)(p, q, 0.7), (p.requires_grad_(), q.requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-20, 1e-9, 1e-3])
+def test_gradients_at_and_near_coincident_points_are_finite(dtype, size):
+    for start in (torch.zeros(3, dtype=dtype), torch.tensor([0.3, -0.2, 0.1], dtype=dtype)):
+        x = start.clone().requires_grad_()
+        y = (start + size).clone().requires_grad_()
+        for value in (
+            H.lorentz_distance(H.lift(x), H.lift(y)),
+            H.lorentz_square_distance(H.lift(x), H.lift(y)),
+            H.lorentz_log(H.lift(x), H.lift(y)).sum(),
+            H.lorentz_log0(H.lorentz_exp0(y)).sum(),
+            H.poincare_distance(x, y),
+            H.poincare_log0(H.poincare_exp0(y)).sum(),
+            H.poincare_log(x, y).sum(),
+        ):
+            x.grad = y.grad = None
+            value.backward(retain_graph=True)
+            for leaf in (x, y):
+                assert leaf.grad is None or bool(torch.isfinite(leaf.grad).all())
+
+
+def test_the_square_distance_is_smooth_at_the_origin():
+    """Its value is put together from norms and directions, its gradient is not: -y at x = 0."""
+    x = torch.zeros(3, dtype=F64, requires_grad=True)
+    y = torch.tensor([0.3, -2.0, 0.5], dtype=F64)
+    H.lorentz_square_distance(H.lift(x), H.lift(y)).backward()
+    assert torch.allclose(x.grad, -2 * y)
+
+
+def test_the_constraint_after_ten_thousand_steps(rng):
+    x = H.lorentz_exp0(torch.randn(8, 4, generator=rng))
+    for _ in range(10_000):
+        step = H.lorentz_project_tangent(x, torch.randn(8, 5, generator=rng) * 0.02)
+        x = H.lorentz_exp(x, step)
+        if float(x.abs().max()) > 50:
+            x = H.lorentz_exp0(0.5 * H.lorentz_log0(x))
+    exact = x.double()
+    drift = (H.lorentz_inner(exact, exact) + 1).abs() / exact[:, 0].square()
+    assert float(drift.max()) <= 1e-6
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"curvature c must be a positive number .* got -1"):
+        H.lift(torch.zeros(2), -1)
+    with pytest.raises(ValueError, match="got nan"):
+        H.lorentz_distance(torch.zeros(3), torch.zeros(3), float("nan"))
+    with pytest.raises(TypeError, match=r"points must be floating, got torch.int64"):
+        H.poincare_exp0(torch.zeros(2, dtype=torch.long))

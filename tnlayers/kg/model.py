@@ -1,0 +1,111 @@
+"""What every model of a knowledge graph is to training and evaluation: a query, and entities it is compared with."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Entities = slice | Int[Tensor, "n"] | None
+"""Which entities: a range, their ids, or all."""
+
+
+class KGModel(nn.Module):
+    """Scores of triples (head, relation, tail), higher for what is more plausible: logits, never probabilities.
+
+    A score is made in two steps, so that one query serves all entities, in chunks of any size: `query(heads,
+    relations)` is what the model knows before it has seen a tail (batch norm and dropout act here only), and
+    `against(query, entities)` compares it with entities, one by one: the score of an entity does not depend on which
+    others are asked for.
+
+    A kind of model writes `query` and `against`, and `query_heads` where it answers (?, r, t) without inverse
+    relations. With `inverse` the relation r + num_relations / 2 is the inverse of r, and heads are tails of it.
+
+    Attributes:
+        num_entities: rows of the entity table.
+        num_relations: relations, inverse ones included.
+        inverse: whether the second half of the relations are the inverses of the first.
+
+    Example:
+        >>> import torch
+        >>> class Dot(KGModel):
+        ...     def __init__(self):
+        ...         super().__init__(5, 4, inverse=True)
+        ...         self.entities, self.relations = (torch.nn.Parameter(torch.randn(n, 3)) for n in (5, 4))
+        ...
+        ...     def query(self, heads, relations):
+        ...         return self.entities[heads] * self.relations[relations]
+        ...
+        ...     def against(self, query, entities=None):
+        ...         return query @ (self.entities if entities is None else self.entities[entities]).mT
+        >>> model, h, r, t = Dot(), torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([2, 2])
+        >>> model.score_all(h, r).shape, torch.equal(model(h, r, t), model.score_all(h, r)[:, 2])
+        (torch.Size([2, 5]), True)
+    """
+
+    def __init__(self, num_entities: int, num_relations: int, *, inverse: bool) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if num_entities < 1 or num_relations < 1:
+            raise ValueError(
+                f"{name}: a graph needs entities and relations, got {num_entities} and {num_relations}; "
+                "load_triples counts them"
+            )
+        if inverse and num_relations % 2:
+            raise ValueError(
+                f"{name}: with inverse relations their number must be even, got {num_relations}; pass inverse=False"
+            )
+        self.num_entities, self.num_relations, self.inverse = num_entities, num_relations, inverse
+
+    def query(self, heads: Int[Tensor, "B"], relations: Int[Tensor, "B"]) -> Any:
+        """What (h, r, ?) asks: a tensor (B, ...), or a tuple of such."""
+        raise TypeError(f"{type(self).__name__}: a model must write query(heads, relations)")
+
+    def query_heads(self, relations: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Any:
+        """What (?, r, t) asks; with inverse relations the query (t, r^-1, ?)."""
+        if not self.inverse:
+            raise TypeError(
+                f"{type(self).__name__}: without inverse relations this model ranks tails only, expected "
+                "inverse=True; or evaluate direction='tail'"
+            )
+        return self.query(tails, self.inverted(relations))
+
+    def against(self, query: Any, entities: Entities = None) -> Float[Tensor, "B n"]:
+        """Scores of a query's rows against entities, the same for all rows."""
+        raise TypeError(f"{type(self).__name__}: a model must write against(query, entities)")
+
+    def inverted(self, relations: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+        """The inverse relations."""
+        half = self.num_relations // 2
+        return torch.where(relations < half, relations + half, relations - half)
+
+    def score_all(self, heads: Int[Tensor, "B"], relations: Int[Tensor, "B"]) -> Float[Tensor, "B N"]:
+        """Scores of every entity as the tail."""
+        return self.against(self.query(heads, relations))
+
+    def score_heads(self, relations: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Float[Tensor, "B N"]:
+        """Scores of every entity as the head."""
+        return self.against(self.query_heads(relations, tails))
+
+    def score_relations(self, heads: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Float[Tensor, "B R"]:
+        """Scores of every relation of the data (no inverse ones). Cost here: a query each; a model may know better."""
+        count = self.num_relations // 2 if self.inverse else self.num_relations
+        every = torch.arange(count, device=heads.device)
+        scores = self(heads.repeat_interleave(count), every.repeat(len(heads)), tails.repeat_interleave(count))
+        return scores.reshape(len(heads), count)
+
+    def forward(
+        self, heads: Int[Tensor, "B"], relations: Int[Tensor, "B"], tails: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B"]:
+        """Scores of triples. Cost here: each distinct tail is compared with its own queries only."""
+        query = self.query(heads, relations)
+        return self.paired(query, tails[:, None])[:, 0]
+
+    def paired(self, query: Any, tails: Int[Tensor, "B k"]) -> Float[Tensor, "B k"]:
+        """Scores of row b of the query against its own k entities (negative samples). A model writes a faster one."""
+        unique, where = tails.unique(return_inverse=True)
+        return self.against(query, unique).gather(1, where)
+
+    def parameter_count(self) -> int:
+        """Numbers that are trained, buffers not among them."""
+        return sum(parameter.numel() for parameter in self.parameters())
