@@ -103,21 +103,19 @@ def epoch_row(name: str, epochs: int = 5) -> dict[str, Any]:
         model=theirs, triples_factory=training, optimizer=torch.optim.Adam(theirs.parameters(), lr=3e-3)
     )
     times: dict[str, list[float]] = {"ours": [], "pykeen": []}
-    done = 0
     for round_ in range(epochs + 1):  # in turn, the first to warm up
         start = time.perf_counter()
         epoch(ours, adam, keys, offsets, tails)
         middle = time.perf_counter()
         loop.train(
             triples_factory=training,
-            num_epochs=done + 1,
+            num_epochs=round_ + 1,
             batch_size=128,
             label_smoothing=0.1,
             use_tqdm=False,
             clear_optimizer=False,
-            continue_training=done > 0,
+            continue_training=round_ > 0,
         )
-        done += 1
         if round_:
             times["ours"].append(middle - start)
             times["pykeen"].append(time.perf_counter() - middle)
