@@ -3,4 +3,14 @@
 from tnlayers.kg.mixed import LPITF as LPITF
 from tnlayers.kg.mixed import MIGTF as MIGTF
 from tnlayers.kg.mixed import StoredScores as StoredScores
+from tnlayers.kg.meim import MEIM as MEIM
 from tnlayers.kg.model import KGModel as KGModel
+from tnlayers.kg.relation_maps import RelationMaps as RelationMaps
+from tnlayers.kg.score_tensor import ScoreTensor as ScoreTensor
+from tnlayers.kg.special import CP as CP
+from tnlayers.kg.special import RESCAL as RESCAL
+from tnlayers.kg.special import ComplEx as ComplEx
+from tnlayers.kg.special import DistMult as DistMult
+from tnlayers.kg.special import SimplE as SimplE
+from tnlayers.kg.tucker import TTER as TTER
+from tnlayers.kg.tucker import TuckER as TuckER
