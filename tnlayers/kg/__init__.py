@@ -1,9 +1,9 @@
 """Knowledge graphs: triples, models that score them, training and exact evaluation."""
 
+from tnlayers.kg.meim import MEIM as MEIM
 from tnlayers.kg.mixed import LPITF as LPITF
 from tnlayers.kg.mixed import MIGTF as MIGTF
 from tnlayers.kg.mixed import StoredScores as StoredScores
-from tnlayers.kg.meim import MEIM as MEIM
 from tnlayers.kg.model import KGModel as KGModel
 from tnlayers.kg.relation_maps import RelationMaps as RelationMaps
 from tnlayers.kg.score_tensor import ScoreTensor as ScoreTensor

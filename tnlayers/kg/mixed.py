@@ -262,8 +262,9 @@ class MIGTF(KGModel):
 class StoredScores(KGModel):
     """A model's scores of all entities for a list of queries, computed once: a frozen model as a table.
 
-    `MIGTF(StoredScores(tucker, queries), ...)` trains the second stage without the first one's products; put the model
-    back for other queries (`migtf.tucker = tucker`, then `migtf.freeze()` or `migtf.freeze(False)`). Memory: queries x num_entities numbers, in a file if asked.
+    `MIGTF(StoredScores(tucker, queries), ...)` trains the second stage without the first one's products. For other
+    queries put the model back: `migtf.tucker = tucker`, then `migtf.freeze()`, or `migtf.freeze(False)` to train both.
+    Memory: queries x num_entities numbers, in a file if asked.
 
     Args:
         model: whose scores are stored, in eval mode, with any training state given back.
