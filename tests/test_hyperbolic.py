@@ -171,7 +171,8 @@ def test_a_step_from_a_far_point_is_as_exact_as_its_tangent_vector():
         for c in CURVATURES:
             v = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.0, 0.0], [0.0, 0.3, 0.0]], dtype=F64)
             start = H.lorentz_exp0((torch.tensor([0.36, -0.48, 0.8]).double() * far / math.sqrt(c)).to(dtype), c)
-            origin = H.lift(torch.zeros(3, dtype=F64), c)
+            start = start.expand(3, -1)
+            origin = H.lift(torch.zeros(3, 3, dtype=F64), c)
             tangent = H.lorentz_transport(origin, start.double(), torch.nn.functional.pad(v, (1, 0)), c)
             end = H.lorentz_exp(start, tangent.to(dtype), c)
             moved = H.lorentz_distance(start.double(), end.double(), c)

@@ -136,6 +136,11 @@ def test_bilinear_starts_like_torchs_and_is_explained(tmp_path, rng):
     assert torch.equal(loaded.weight, layer.weight)
 
 
+def test_bilinear_refuses_another_module(unchecked):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Bilinear, got Linear"):
+        tnlayers.Bilinear.from_dense(nn.Linear(2, 2), lambda w: w)
+
+
 def test_bilinear_refusals():
     factory = tnlayers.random_network(Tucker, rank=2)
     with pytest.raises(ValueError, match=r"rows 6 and columns 4, 5 \(or split ones\), got rows \(6,\) and columns \(5"):
@@ -145,8 +150,6 @@ def test_bilinear_refusals():
     layer = tnlayers.Bilinear(4, 5, 6, network=factory)
     with pytest.raises(ValueError, match=r"got \(2, 4\) and \(3, 5\)"):
         layer(torch.ones(2, 4), torch.ones(3, 5))
-    with pytest.raises(TypeError, match=r"expected a torch.nn.Bilinear, got Linear"):
-        tnlayers.Bilinear.from_dense(nn.Linear(2, 2), lambda w: w)
 
 
 # --- the layer ---
@@ -237,7 +240,7 @@ def test_points_stay_on_the_hyperboloid_for_ten_thousand_steps(rng):
         optimizer.step()
     points = layer.lorentz_points().detach()
     assert float((points - start).norm()) > 0.1
-    exact, c = points.double(), float(layer.curvature())
+    exact, c = points.double(), float(layer.curvature().detach())
     drift = (H.lorentz_inner(exact, exact) + 1 / c).abs() / exact[:, 0].square()
     assert float(drift.max()) <= 1e-6
 

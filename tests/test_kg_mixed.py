@@ -220,6 +220,11 @@ def test_the_second_stage_on_stored_scores(dtype, in_file, tmp_path, rng):
     assert torch.allclose(scores[0], scores[1], atol=close)
 
 
+def test_another_module_is_refused(unchecked):
+    with pytest.raises(TypeError, match=r"expected a trained model of tnlayers.kg, got Linear"):
+        MIGTF(torch.nn.Linear(2, 2))
+
+
 def test_refusals(rng):
     with pytest.raises(ValueError, match=r"only dim = 4 relations can be orthonormal, got num_relations = 6"):
         LPITF(GRAPH, dim=4, orthogonal_relations=True)
@@ -229,8 +234,6 @@ def test_refusals(rng):
         LPITF(GRAPH, dim=0)
     with pytest.raises(ValueError, match=r"c must be a positive number .* got 0"):
         LPITF(GRAPH, dim=4, curvature=0)
-    with pytest.raises(TypeError, match=r"expected a trained model of tnlayers.kg, got Linear"):
-        MIGTF(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"without inverse relations this model ranks tails only"):
         LPITF(ONE_WAY, dim=4, batch_norm=True).score_heads(torch.tensor([0]), torch.tensor([0]))
     model = LPITF(GRAPH, dim=4)

@@ -137,7 +137,7 @@ class Bilinear(NetworkLayer):
         """The dense weight (out, in1, in2), differentiable with respect to the cores."""
         return self._dense().reshape(self.weight_shape)
 
-    def forward(self, x1: Float[Tensor, "*batch n1"], x2: Float[Tensor, "*batch n2"]) -> Float[Tensor, "*batch m"]:
+    def forward(self, x1: Float[Tensor, "*batch n1"], x2: Float[Tensor, "*rows n2"]) -> Float[Tensor, "*batch m"]:
         """Contract both inputs with the cores, for any equal leading axes."""
         if x1.shape[-1:] != (self.in1_features,) or x2.shape != (*x1.shape[:-1], self.in2_features):
             raise ValueError(

@@ -149,12 +149,12 @@ class HyperbolicTucker(nn.Module):
         made._finish(tucker, curvature, hyperbolic_dim, learn_curvature, 0.0)
         return made.train(tucker.training)
 
-    def forward(self, x1: Float[Tensor, "*batch n1"], x2: Float[Tensor, "*batch n2"]) -> Float[Tensor, "*batch m"]:
+    def forward(self, x1: Float[Tensor, "*batch n1"], x2: Float[Tensor, "*rows n2"]) -> Float[Tensor, "*batch m"]:
         """Scores of all outputs, for any equal leading axes."""
         score: Tensor = self.tucker(x1, x2)
         return score + self.interaction(x1, x2)
 
-    def interaction(self, x1: Float[Tensor, "*batch n1"], x2: Float[Tensor, "*batch n2"]) -> Float[Tensor, "*batch m"]:
+    def interaction(self, x1: Float[Tensor, "*batch n1"], x2: Float[Tensor, "*rows n2"]) -> Float[Tensor, "*batch m"]:
         """S alone, bounded whatever the coordinates."""
         c = self.curvature()
         query = interaction_query(self.first(x1).to(self.points.dtype), self.second(x2).to(self.points.dtype), c)

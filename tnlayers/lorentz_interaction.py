@@ -65,8 +65,8 @@ class Curvature(nn.Module):
             nn.init.constant_(self.log_curvature, math.log(self.start))
 
     def extra_repr(self) -> str:
-        """The number."""
-        return f"{float(self()):.6g}, learn={self.log_curvature is not None}"
+        """The number at the start, and whether it is trained."""
+        return f"{self.start:.6g}, learn={self.log_curvature is not None}"
 
 
 def interaction_query(
@@ -145,11 +145,12 @@ def interaction_scores(
         up, time = _times(points, root)
         linear, offset, product, total = query.split([d + 1, 1, 1, 1], -1)
         lifted = torch.cat([points, up], -1)
-        if points.ndim == 2:
-            numerator, time = torch.addmm(offset, linear, lifted.mT), time.mT
-        else:
+        if points.ndim > 2:
             numerator, time = (lifted @ linear[..., None])[..., 0] + offset, time[..., 0]
-        return numerator / (product + total * time) if normalized else numerator
+            return numerator / (product + total * time) if normalized else numerator
+        numerator = torch.addmm(offset, linear, lifted.mT)
+        # the outer sum as a product too: its backward are products, not sums over B x n temporaries
+        return numerator / torch.addmm(product, total, time.mT) if normalized else numerator
 
 
 def _times(x: Tensor, root: float | Tensor) -> tuple[Tensor, Tensor]:

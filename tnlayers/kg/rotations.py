@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tnlayers.dense import exactly
-from tnlayers.hyperbolic import _arcsinhc, _root, lorentz_add, lorentz_exp0, lorentz_log0
+from tnlayers.hyperbolic import _root, lorentz_add, lorentz_exp0, lorentz_log0
 from tnlayers.kg.model import Entities, KGModel
 
 
@@ -305,8 +306,11 @@ class RotH(_Turned):
             w, root, own = query[:, :-2], query[:, -2:-1], query[:, -1:]
             size = _root(w.square().sum(1, keepdim=True))
             norms = _root(table.square().sum(-1)).clamp_min(torch.finfo(table.dtype).tiny ** 0.5)
-            apart = _half_sinh_square(size, norms, root, _products(w, table))
-            return own + bias - 4 / root.square() * apart * _arcsinhc(_root(apart)).square()
+            angles = _products(torch.cat([size, -w], 1), F.pad(table / norms[..., None], (1, 0), value=1.0))
+            lengths = _products(root, norms[..., None])
+            # sinh^2((a - b) / 2) + sinh a sinh b (1 - cos θ) / 2 with sinh a = size and b = 2 lengths
+            apart = torch.sinh(torch.arcsinh(size) / 2 - lengths).square() + torch.sinh(2 * lengths) * angles / 2
+            return own + bias - 4 / root.square() * _SquareArcsinh.apply(apart)
 
 
 class RefH(RotH):
@@ -338,9 +342,17 @@ def _products(q: Tensor, table: Tensor) -> Tensor:
     return q @ table.mT if table.ndim == 2 else (table @ q[..., None])[..., 0]
 
 
-def _half_sinh_square(size: Tensor, norms: Tensor, root: Tensor, products: Tensor) -> Tensor:
-    """sinh^2(√c d / 2) of queries with sinh a = size and entities with b = 2 √c norms; products are w·e."""
-    b = 2 * root * norms
-    across = torch.sinh(b) / norms * (size * norms - products) / 2  # sinh a sinh b (1 - cos θ) / 2
-    found = torch.sinh((torch.arcsinh(size) - b) / 2).square() + across
-    return found + (found.clamp_min(0) - found).detach()  # rounding must not make a square negative, nor stop gradients
+class _SquareArcsinh(torch.autograd.Function):
+    """arsinh(√x)^2, smooth at 0; what rounding has made negative counts as 0, with the gradient there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp_min(0).sqrt_().arcsinh_().square_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x = x.clamp_min(torch.finfo(x.dtype).tiny)  # arsinh(√x) / sqrt(x (1 + x)) is 1 there
+        return gradient * x.sqrt().arcsinh_() * torch.rsqrt(x) * torch.rsqrt(1 + x)
