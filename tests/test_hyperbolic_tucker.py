@@ -141,7 +141,7 @@ def test_bilinear_refuses_another_module(unchecked):
         tnlayers.Bilinear.from_dense(nn.Linear(2, 2), lambda w: w)
 
 
-def test_bilinear_refusals():
+def test_bilinear_refusals(unchecked):
     factory = tnlayers.random_network(Tucker, rank=2)
     with pytest.raises(ValueError, match=r"rows 6 and columns 4, 5 \(or split ones\), got rows \(6,\) and columns \(5"):
         tnlayers.Bilinear(4, 5, 6, network=Tucker.random(row_modes=(6,), col_modes=(5, 4), rank=2))
@@ -267,7 +267,7 @@ def test_resets_and_copies(rng):
     assert torch.equal(layer(x1, x2), other(x1, x2))
 
 
-def test_refusals():
+def test_refusals(unchecked):
     with pytest.raises(ValueError, match=r"exactly one of rank, network and recipe, got rank=None"):
         tnlayers.HyperbolicTucker(4, 5, 6)
     with pytest.raises(ValueError, match=r"c must be a positive number .* got -1"):

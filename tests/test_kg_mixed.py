@@ -225,7 +225,7 @@ def test_another_module_is_refused(unchecked):
         MIGTF(torch.nn.Linear(2, 2))
 
 
-def test_refusals(rng):
+def test_refusals(rng, unchecked):
     with pytest.raises(ValueError, match=r"only dim = 4 relations can be orthonormal, got num_relations = 6"):
         LPITF(GRAPH, dim=4, orthogonal_relations=True)
     with pytest.raises(ValueError, match=r"entity_dropout=1.0, std=0.2"):

@@ -218,7 +218,7 @@ def test_sizes_and_starts(rng):
     assert all(bool(torch.isfinite(p).all()) for p in fixed.parameters())
 
 
-def test_refusals():
+def test_refusals(unchecked):
     with pytest.raises(ValueError, match=r"RotE: entity_dim must be even, as coordinates turn in pairs, got 5"):
         RotE(GRAPH, 5)
     with pytest.raises(ValueError, match=r"AttH: curvature must be a positive number, got 0"):
