@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+import tnlayers
+from decompositions import LowRank
 from tnlayers.kg import KGModel, Triples
 
 
@@ -44,3 +46,16 @@ class Bilinear(KGModel):
 
     def against(self, query, entities=None):
         return query @ (self.entities if entities is None else self.entities[entities]).mT
+
+
+class Mapped(Bilinear):
+    """The same with a network on the query, for optimizers of networks."""
+
+    def __init__(self, triples, dim=6, *, dtype=torch.float32, seed=0, **options):
+        super().__init__(triples, dim, dtype=dtype, seed=seed, **options)
+        drawn = tnlayers.random_network(LowRank, rank=2, generator=torch.Generator().manual_seed(seed))
+        self.map = tnlayers.Linear(dim, dim, network=drawn, dtype=dtype)
+        self.map.bias.data.zero_()
+
+    def query(self, heads, relations):
+        return self.map(super().query(heads, relations))

@@ -377,7 +377,8 @@ class _Run:
 
         if self._by_closure:
             with torch.enable_grad():
-                return torch.as_tensor(optimizer.step(gradients))
+                closure: Any = gradients
+                return torch.as_tensor(optimizer.step(closure))
         value = gradients()
         optimizer.step()
         return value
