@@ -72,7 +72,7 @@ def test_an_epoch_has_every_query_once_with_all_its_answers(size, workers):
 def test_batches_of_one_and_too_small_ones():
     answers = answers_of(graph())
     assert {len(batch.heads) for batch in Batches(answers, 1).epoch(0)} == {1}
-    with pytest.raises(ValueError, match="each of 3 workers needs two rows of a batch, expected batches of 6, got 5"):
+    with pytest.raises(ValueError, match="each of 3 workers needs two rows of a batch, expected batches of 6, got 4"):
         Batches(answers, 5, workers=3)
 
 
