@@ -60,9 +60,7 @@ def jacobian(at):
     sizes = [x.numel() for x in (at.core, *at.factors)]
 
     def build(flat):
-        core, *factors = [
-            part.view_as(x) for part, x in zip(flat.split(sizes), (at.core, *at.factors), strict=True)
-        ]
+        core, *factors = [part.view_as(x) for part, x in zip(flat.split(sizes), (at.core, *at.factors), strict=True)]
         return SharedGauges(core, tuple(factors), at.groups, (), ()).to_dense().reshape(-1)
 
     flat = torch.cat([x.reshape(-1) for x in (at.core, *at.factors)])

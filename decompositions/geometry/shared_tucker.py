@@ -56,6 +56,16 @@ class SharedGauges:
         return tuple(factor.shape[1] for factor in self.factors)
 
     @property
+    def root(self) -> int:
+        """Which delta has the point itself as a value, as of `Gauges`: the core's."""
+        return 0
+
+    @property
+    def center(self) -> tuple[Tensor, ...]:
+        """That value."""
+        return (self.core,)
+
+    @property
     def owner(self) -> tuple[int, ...]:
         """Group of every mode."""
         found = {k: g for g, modes in enumerate(self.groups) for k in modes}
@@ -223,7 +233,9 @@ class SharedTangent:
         object.__setattr__(self, "deltas", tuple(self.deltas))
         got = tuple(tuple(delta.shape) for delta in self.deltas)
         if got != self.at.shapes:
-            raise ValueError(f"SharedTangent: one delta for the core and each factor, expected {self.at.shapes}, got {got}")
+            raise ValueError(
+                f"SharedTangent: one delta for the core and each factor, expected {self.at.shapes}, got {got}"
+            )
 
     def doubled(self, *, point: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Core (r_k + v_k along mode k) and factors [U_g, K_g] of xi, or of X + xi; differentiable in the deltas."""
@@ -270,7 +282,7 @@ def shared_gauge_fix(at: SharedGauges, gradients: Sequence[Tensor]) -> SharedTan
 
 
 def _normal(u: Tensor, x: Tensor) -> Tensor:
-    """x without its part along the orthonormal columns of u; twice, where little is left the first time."""
+    """X without its part along the orthonormal columns of u; twice, where little is left the first time."""
     for _ in range(2):
         x = x - u @ (u.mT @ x)
     return x
@@ -329,7 +341,7 @@ def shared_transport(at: SharedGauges, xi: SharedTangent, *, lost: bool = True) 
     keeping = [kept[g] for g in owner]
 
     def terms(*skip: int) -> Tensor:
-        """xi in the new bases, but along a mode that is skipped, where only the part in the old basis is taken."""
+        """Xi in the new bases, but along a mode that is skipped, where only the part in the old basis is taken."""
         made = _multiplied(delta, keeping, *skip)
         for k, g in enumerate(owner):
             if k not in skip:
@@ -415,6 +427,19 @@ def retract_by(xi: SharedTangent, choose: Chooser) -> SharedGauges:
     for k, g in enumerate(at.owner):
         beyond = (*plain[:k], slice(at.core.shape[k], None), *plain[k + 1 :])
         moved[beyond] = along(at.rest[k], k, added[g])
-    moved, factors = _cut(moved, bases, at.groups, choose)
-    moved, factors = _feasible(moved, factors, at.groups)
-    return shared_gauges(moved, factors, at.groups, gauged=True)
+    return shared_cut(moved, bases, at.groups, choose)
+
+
+def shared_cut(
+    core: Tensor, factors: Sequence[Tensor], groups: tuple[tuple[int, ...], ...], choose: Chooser
+) -> SharedGauges:
+    """HOSVD with shared factors of a tensor whose factors are orthonormal, at ranks that a function chooses.
+
+    Example:
+        >>> import torch
+        >>> at = shared_gauges(torch.randn(2, 3, 3), [torch.randn(5, 2), torch.randn(7, 3)], [(0,), (1, 2)])
+        >>> shared_cut(at.core, at.factors, at.groups, lambda group, squares, norm: 2).ranks
+        (2, 2)
+    """
+    made, bases = _feasible(*_cut(core, factors, groups, choose), groups)
+    return shared_gauges(made, bases, groups, gauged=True)
