@@ -179,9 +179,9 @@ def r_tucker_optimizer(
 
     What `train(model, triples, optimizer=partial(r_tucker_optimizer, lr=0.03))` takes. "sgd" is the paper's method:
     normalized Riemannian gradients and momentum; one step changes X by lr in root mean square over its R N N entries.
-    "adam" scales the steps of the core and of each factor by a second moment of their own; lr is what each changes. For
-    both lr should decrease, to a tenth or less at the end. (The paper gives the step in Frobenius norm, lr sqrt(R N N): 2,000
-    for WN18RR is .0104 here.)
+    "adam" scales the steps of the core and of each factor by second moments of their own; lr is what each changes. For
+    both lr should decrease, to a tenth or less at the end. (The paper gives the step in Frobenius norm, lr sqrt(R N N):
+    2,000 for WN18RR is .0104 here.)
 
     Args:
         model: the model.
