@@ -141,7 +141,8 @@ def test_distinct_relations_meet_the_core_once(monkeypatch):
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **k: shapes.append((*a.shape, b.shape[1])) or product(a, b, **k))
     y = maps(torch.ones(128, 64), relations)
-    assert (3, 6, 64 * 64) in shapes and all(rows * cols <= 3 * 64 * 64 for rows, _, cols in shapes)
+    assert (3, 6, 64 * 64) in shapes
+    assert all(rows * cols <= 3 * 64 * 64 for rows, _, cols in shapes)
     torch.testing.assert_close(y, maps.weight.sum(1)[relations])
 
 
@@ -149,7 +150,8 @@ def test_groups_spread_and_collect():
     relations = torch.tensor([5, 2, 2, 9, 2, 5])
     groups = group_by(relations)
     x = torch.randn(6, 3)
-    assert groups.distinct.tolist() == [2, 5, 9] and groups.longest == 3
+    assert groups.distinct.tolist() == [2, 5, 9]
+    assert groups.longest == 3
     torch.testing.assert_close(groups.collect(groups.spread(x)), x)
     maps = torch.randn(3, 3, 4)
     torch.testing.assert_close(
@@ -259,15 +261,16 @@ def test_set_network_keeps_a_shared_table():
     model = shared_tucker()
     core, relations, table = (torch.randn(s) for s in ((2, 3, 3), (R, 2), (N, 3)))
     model.set_network(Tucker(core, [relations, table, table], num_rows=2))
-    assert model.cores[2] is model.cores[3] and model.network.ranks == (2, 3, 3)
+    assert model.cores[2] is model.cores[3]
+    assert model.network.ranks == (2, 3, 3)
     with pytest.raises(ValueError, match="heads and tails share a table"):
         model.set_network(Tucker(core, [relations, table, table + 1], num_rows=2))
 
 
 def test_refusals():
+    whole = Network((torch.randn(R, N, N),), (("r", "h", "t"),), ("r", "h"), ("t",))
     with pytest.raises(ValueError, match="tail modes must have cores of their own"):
-        core = torch.randn(R, N, N)
-        ScoreTensor(N, R, inverse=True, network=Network((core,), (("r", "h", "t"),), ("r", "h"), ("t",)))
+        ScoreTensor(N, R, inverse=True, network=whole)
     with pytest.raises(ValueError, match=r"expected 6, then products >= 9 and >= 9, got \(6, 9, 8\)"):
         ScoreTensor(N, R, inverse=True, network=draw(CP, row_modes=(R, N, 8), rank=2))
     with pytest.raises(ValueError, match=r"products = 9 and = 9, got \(6, 10, 9\)"):
@@ -297,7 +300,8 @@ def test_relation_maps_of_a_train():
     assert torch.autograd.gradcheck(lambda z: maps(z, r), x)
     back = RelationMaps.from_dense(maps.to_dense_module(), lambda w: net)
     torch.testing.assert_close(back(x, r), maps(x, r))
-    assert "relations" in tnlayers.explain(maps, batch=64) and maps.flops(1) == maps.alternatives(1)[0].flops
+    assert "relations" in tnlayers.explain(maps, batch=64)
+    assert maps.flops(1) == maps.alternatives(1)[0].flops
 
 
 def test_bf16_autocast_is_finite_and_close():
@@ -317,5 +321,6 @@ def test_bf16_autocast_is_finite_and_close():
 def test_a_fresh_model_of_a_factory():
     factory = tnlayers.random_network(Tucker, rank=(2, 3, 3), generator=torch.Generator().manual_seed(0))
     model = ScoreTensor(N, R, inverse=False, network=factory)
-    assert model.num_relations == R and round(float(model.weight.detach().square().mean() ** 0.5), 6) == 0.1
+    assert model.num_relations == R
+    assert round(float(model.weight.detach().square().mean() ** 0.5), 6) == 0.1
     assert SimpleNamespace(**model.settings()).shared is False

@@ -12,7 +12,7 @@ from tnlayers.kg.by_relation import group_by
 from tnlayers.kg.dropping import check_rate, drop
 from tnlayers.kg.model import Entities, KGModel
 from tnlayers.kg.relation_maps import RelationMaps
-from tnlayers.kg.tables import Table, make_table, reset_table, rows_of
+from tnlayers.kg.tables import Table, few_rows_of, make_table, reset_table, rows_of
 
 Masks = Literal["relation", "row"]
 
@@ -89,7 +89,7 @@ class Bilinear(KGModel):
 
     def query(self, heads: Int[Tensor, "B"], relations: Int[Tensor, "B"]) -> Float[Tensor, "B d"]:
         """`drop(BN1(x M_r))`; in evaluation a function of each row alone."""
-        x = rows_of(self.entities if self.heads is None else self.heads, heads)
+        x = few_rows_of(self.entities, heads) if self.heads is None else rows_of(self.heads, heads)
         x = drop(normalized(x, self.norm0), self.dropouts[0], self.training)
         y = normalized(self._mapped(x, relations), self.norm1)
         return drop(y, self.dropouts[2], self.training)

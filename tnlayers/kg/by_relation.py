@@ -131,9 +131,9 @@ def _route(strategy: str, near: tuple[int, ...], far: tuple[int, ...], plans: tu
     """Add up plans; what is gathered is new memory in forward, and its gradient again in backward."""
     copies = read / rates_for(None).scatter
     forward = sum(plan.forward_seconds for plan in plans)
-    steps = ((), plans[0].steps, ()) if len(plans) == 1 else tuple(plan.steps for plan in plans)
+    first, second, last = ((), plans[0].steps, ()) if len(plans) == 1 else [plan.steps for plan in plans]
     flops, moved = sum(plan.flops for plan in plans), sum(plan.bytes for plan in plans) + read
-    return Route(strategy, near, far, *steps, flops, moved, forward + copies, 3 * forward + 2 * copies)
+    return Route(strategy, near, far, first, second, last, flops, moved, forward + copies, 3 * forward + 2 * copies)
 
 
 def _size(leg: Labels, sizes: dict[str, int]) -> int:

@@ -129,8 +129,10 @@ class Partitioned(KGModel):
     ) -> tuple[tuple[Tensor, ...], ...]:
         """Parts of head, relation and tail that occur in the terms."""
         rows = (rows_of(self.entities, heads), self.relations(relations), rows_of(self.entities, tails))
-        used = [sorted({term[k] for term in self.terms}) for k in (1, 0, 2)]
-        return tuple(tuple(self._parts(x)[k] for k in own) for x, own in zip(rows, used, strict=True))
+        relation, head, tail = (
+            sorted(own) for own in map(set, zip(*((a, b, c) for a, b, c, _ in self.terms), strict=True))
+        )
+        return tuple(tuple(self._parts(x)[k] for k in own) for x, own in zip(rows, (head, relation, tail), strict=True))
 
     def n3(self, heads: Int[Tensor, "B"], relations: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Float[Tensor, ""]:
         """Weighted nuclear 3-norm: `sum |.|^3` over head, relation and tail, mean over the triples.

@@ -5,7 +5,8 @@ from math import sqrt
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from decompositions import Network
@@ -14,6 +15,9 @@ from tnlayers.kg.model import Entities
 
 Table = nn.Embedding | Embedding
 """What has a `weight` (entities, d) and returns rows for ids."""
+
+FEW = 32
+"""Of so many rows of a table, a batch looks up at most one: then its gradient is kept sparse."""
 
 
 def make_table(
@@ -84,3 +88,21 @@ def rows_of(table: Table, entities: Entities = None) -> Float[Tensor, "n d"]:
     if isinstance(table, nn.Embedding):
         return table.weight[entities]
     return table(torch.arange(table.num_embeddings, device=table.cores[0].device)[entities])
+
+
+def few_rows_of(table: Table, ids: Int[Tensor, "n"]) -> Float[Tensor, "n d"]:
+    """Rows of a table that the same graph also multiplies with as a whole: few ones send a sparse gradient.
+
+    It is added to that of the product in place, where a dense one would be another table of zeros. The sum, and with
+    it `.grad`, is dense.
+
+    Example:
+        >>> table, ids = make_table(100, 3), torch.tensor([7])
+        >>> (few_rows_of(table, ids) @ table.weight.mT).sum().backward()
+        >>> table.weight.grad.layout
+        torch.strided
+    """
+    few = len(ids) * FEW <= table.num_embeddings and not torch.compiler.is_compiling()
+    if isinstance(table, nn.Embedding) and few:
+        return F.embedding(ids, table.weight, sparse=True)
+    return rows_of(table, ids)
