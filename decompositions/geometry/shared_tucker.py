@@ -267,8 +267,10 @@ class SharedTangent:
     __rmul__ = __mul__
 
 
-def shared_gauge_fix(at: SharedGauges, gradients: Sequence[Tensor]) -> SharedTangent:
+def shared_gauge_fix(at: SharedGauges, gradients: Sequence[Tensor], *, twice: bool = True) -> SharedTangent:
     """Remove the parts along U_g: gradients with respect to (delta, K_1, ..) become the projection of the gradient.
+
+    `twice`: once more where little is left of a gradient nearly in the span, which is not orthogonal to it otherwise.
 
     Example:
         >>> import torch
