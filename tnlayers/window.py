@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from decompositions import Network, to_dense
+from decompositions.formats.gauge import cut_by
 from decompositions.geometry import Chain, Gauges, Tangent, center_gradients, longest_path
 from tnlayers.frozen import Freezable, release
 from tnlayers.rank_change import announce, resize_
@@ -100,6 +101,10 @@ class Window:
         if self.still(probes) and not torch.is_grad_enabled():
             return at.net.cores
         return tuple(Tangent(at, tuple(probes)).blocks(point=True).to_cores())
+
+    def compacted(self, net: Network) -> Network:
+        """The weight `net` without the directions in reserve."""
+        return cut_by(net, lambda bond, squares, norm: self.ranks[bond])[0]
 
     def dense(self, probes: Sequence[Tensor]) -> Tensor | None:
         """The dense weight at the point itself, whose gradient G becomes that of every center; None once it has moved.

@@ -21,6 +21,8 @@ from tnlayers.kg.mixed import LPITF as LPITF
 from tnlayers.kg.mixed import MIGTF as MIGTF
 from tnlayers.kg.mixed import StoredScores as StoredScores
 from tnlayers.kg.model import KGModel as KGModel
+from tnlayers.kg.r_tucker import RTuckER as RTuckER
+from tnlayers.kg.r_tucker import r_tucker_optimizer as r_tucker_optimizer
 from tnlayers.kg.ranking import evaluate as evaluate
 from tnlayers.kg.ranking import rank as rank
 from tnlayers.kg.relation_maps import RelationMaps as RelationMaps

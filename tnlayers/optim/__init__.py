@@ -10,3 +10,5 @@ from tnlayers.optim.penalty import condition_penalty as condition_penalty
 from tnlayers.optim.rank_adaptive import RankAdaptive as RankAdaptive
 from tnlayers.optim.riemannian import RiemannianAdam as RiemannianAdam
 from tnlayers.optim.riemannian import RiemannianSGD as RiemannianSGD
+from tnlayers.optim.shared import SharedRiemannianAdam as SharedRiemannianAdam
+from tnlayers.optim.shared import SharedRiemannianSGD as SharedRiemannianSGD

@@ -75,7 +75,7 @@ def compact(model: M) -> M:
             if key not in done:
                 with torch.no_grad():
                     net = module.network.detach()
-                done[key] = cut_by(net, sizes_of(window.ranks))[0]
+                done[key] = window.compacted(net)
             module.close_window()
             module.set_network(done[key])
     return made

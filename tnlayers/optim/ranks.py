@@ -56,7 +56,12 @@ class Ranks:
             fixed: keep the ranks that were kept last.
             reserve: another reserve than usual.
         """
-        possible = dict(zip(net.bonds, possible_ranks(net), strict=True))
+        return self.choosing(dict(zip(net.bonds, possible_ranks(net), strict=True)), fixed=fixed, reserve=reserve)
+
+    def choosing(
+        self, possible: Mapping[str, int], *, fixed: bool, reserve: int | None = None
+    ) -> Callable[[str, Tensor, float], int]:
+        """The same for bonds whose possible ranks are given."""
         more = self.reserve if reserve is None else reserve
         bonds = max(1, len(possible))
 

@@ -6,7 +6,7 @@ values, no inverse of a core. The moments are tangent vectors in the bases of th
 depends on the tensor W alone: other cores for the same W give the same steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -31,7 +31,14 @@ from tnlayers.window import Window
 
 
 class _Riemannian(NetworkOptimizer):
-    """What both have in common: the networks of a model, their windows, the retraction, the inner optimizer."""
+    """What all have in common: the networks of a model, their windows, the retraction, the inner optimizer.
+
+    The geometry is that of trees; another one overrides `_found`, `_starting`, `_opening`, `_fixed`, `_squares` and
+    `_retracting`.
+    """
+
+    _wanted = "a tree network with trainable cores, found none; tensorize the model first, or use torch.optim.AdamW"
+    _tracks: list[Track]
 
     def __init__(
         self, model: nn.Module, defaults: dict[str, Any], inner: Inner | None, usual: Inner, stabilize_every: int
@@ -47,17 +54,16 @@ class _Riemannian(NetworkOptimizer):
             ],
         )
         self.stabilize_every = stabilize_every
-        self._tracks = [
-            Track.start(names, layers, Ranks(None, None, 0, 1, None)) for names, layers in trees(model).values()
-        ]
+        self._tracks = self._found(model)
         if not self._tracks:
-            raise ValueError(
-                f"{name}: the model must have a layer whose weight is a tree network with trainable cores, found none; "
-                "tensorize the model first, or use torch.optim.AdamW"
-            )
+            raise ValueError(f"{name}: the model must have a layer whose weight is {self._wanted}")
         self._run([self._starting(track) for track in self._tracks])
         self._agree()
         self._adopt(model, defaults, inner, usual)
+
+    def _found(self, model: nn.Module) -> list[Track]:
+        """The networks of the model."""
+        return [Track.start(names, layers, Ranks(None, None, 0, 1, None)) for names, layers in trees(model).values()]
 
     def _starting(self, track: Track) -> Job[None]:
         """Open the first window on the weight as it is; moments are zero."""
@@ -106,7 +112,7 @@ class _Riemannian(NetworkOptimizer):
 
     def _moving(self, track: Track) -> Job[None]:
         """One network: tangent step, retraction, the next window; moments come along."""
-        probes = list(track.layer.probes)
+        probes = track.moving
         found = [probe.grad for probe in probes]
         if all(gradient is None for gradient in found):
             return
@@ -119,6 +125,25 @@ class _Riemannian(NetworkOptimizer):
         decay = 1 - group["lr"] * group["weight_decay"]
         if decay != 1:  # W shrinks, and the tangent vector stays what it is
             deltas[at.root] = deltas[at.root] - (1 - decay) * at.center[at.root]
+        yield from self._retracting(track, deltas)
+
+    def _fixed(self, at: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the deltas without what the gauge forbids: the Riemannian gradient."""
+        return list(gauge_fix(at, gradients, twice=False).deltas)
+
+    def _squares(self, at: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Squared norms of the parts of the Riemannian gradient, before `_fixed`."""
+        squares = [torch.linalg.vector_norm(g).square() for g in gradients]
+        for edge in at.edges:  # without the part along U_e, of which the core above has the same coordinates
+            axis, down = at.axis(edge.parent, edge.bond), at.down[edge.child]
+            assert down is not None
+            along = flatten(gradients[edge.parent], axis).mT @ flatten(down, axis).conj()
+            squares[edge.child] = (squares[edge.child] - torch.linalg.vector_norm(along).square()).clamp_min(0)
+        return squares
+
+    def _retracting(self, track: Track, deltas: Sequence[Tensor]) -> Job[None]:
+        """The next point and its window; moments come along."""
+        at = track.window.at
         near = self.steps % self.stabilize_every != 0
         moved = yield from galerkin_retracting(Tangent(at, tuple(deltas)), near=near)
         yield from self._opening(track, moved.net)
@@ -149,6 +174,8 @@ class RiemannianSGD(_Riemannian):
         lr: step size, as of gradient descent on the dense W; also that of the inner optimizer.
         momentum: in [0, 1).
         weight_decay: of W.
+        normalize: divide every network's Riemannian gradient by its norm: a step then changes W by lr (in Frobenius
+            norm, without momentum) whatever the scale of the loss; lr should decrease.
         inner: makes the optimizer of the other parameters; SGD with the same lr, momentum and decay by default.
         stabilize_every: steps after which bases come from a Householder QR; see `RiemannianAdam`.
 
@@ -178,18 +205,23 @@ class RiemannianSGD(_Riemannian):
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        normalize: bool = False,
         inner: Inner | None = None,
         stabilize_every: int = 50,
     ) -> None:
         refuse("RiemannianSGD", [("momentum", momentum, number(momentum, 0, 1), "a number in [0, 1)")])
         usual = partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "normalize": normalize}
         super().__init__(model, defaults, inner, usual, stabilize_every)
 
     def _direction(self, track: Track, gradients: list[Tensor]) -> list[Tensor]:
-        group = self.param_groups[0]
+        group, at = self.param_groups[0], track.window.at
+        if group["normalize"]:
+            gradients = self._fixed(at, gradients)
+            size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+            gradients = [g / size.clamp_min(torch.finfo(size.dtype).tiny) for g in gradients]
         track.moment = [m * group["momentum"] + g for m, g in zip(track.moment, gradients, strict=True)]
-        track.moment = list(gauge_fix(track.window.at, track.moment, twice=False).deltas)
+        track.moment = self._fixed(at, track.moment)
         return [-group["lr"] * delta for delta in track.moment]
 
 
@@ -256,14 +288,9 @@ class RiemannianAdam(_Riemannian):
         group, at = self.param_groups[0], track.window.at
         b1, b2 = group["betas"]
         track.moment = [m.lerp(g, 1 - b1) for m, g in zip(track.moment, gradients, strict=True)]
-        squares = [torch.linalg.vector_norm(g).square() for g in gradients]
-        for edge in at.edges:  # without the part along U_e, of which the core above has the same coordinates
-            axis, down = at.axis(edge.parent, edge.bond), at.down[edge.child]
-            assert down is not None
-            along = flatten(gradients[edge.parent], axis).mT @ flatten(down, axis).conj()
-            squares[edge.child] = (squares[edge.child] - torch.linalg.vector_norm(along).square()).clamp_min(0)
+        squares = self._squares(at, gradients)
         # what is left along U_e would turn into a step of the core below at the next point, out of all proportion
-        track.moment = list(gauge_fix(at, track.moment, twice=False).deltas)
+        track.moment = self._fixed(at, track.moment)
         roots, steps = [], []
         for k, delta in enumerate(track.moment):
             track.counts[k] += 1

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompositions import Network
 from decompositions.geometry import gauges
 from tnlayers.integrators.integrate import default_root
 from tnlayers.layer import NetworkLayer
@@ -67,6 +68,11 @@ class Track:
         window = self.layer._window
         assert window is not None
         return window
+
+    @property
+    def moving(self) -> list[Tensor]:
+        """The probes, one for each delta of a tangent vector."""
+        return list(self.layer.probes)
 
     def install(self, window: Window) -> None:
         """Open a window in all layers that share the network."""
@@ -150,10 +156,7 @@ class Track:
 
         net = self.layer._with_cores(own(state["cores"]))
         self.ranks.found, self.ranks.kept = dict(state["found"]), dict(state["kept"])
-        if gauged:  # the cores saved are isometries toward the root already
-            self.layer.open_window(Window(gauges(net, self.root, gauged=True), state["core"], self.ranks.found))
-        else:
-            self.layer.open_window(CoreWindow(net, state["core"], self.ranks.found))
+        self.layer.open_window(self._window_at(net, state["core"], gauged=gauged))
         for twin in self.layers[1:]:
             twin.open_window(self.window, self.layer.probes)
         if not state["fresh"]:
@@ -164,3 +167,10 @@ class Track:
                 member.window_moved()
         self.moment, self.second = own(state["moment"]), [v.to(like.device) for v in state["second"]]
         self.counts, self.turn, self.cut_again = list(state["counts"]), state["turn"], state["cut_again"]
+
+    def _window_at(self, net: Network, core: int | None, *, gauged: bool) -> Window:
+        """The window on cores that were saved, isometries toward the root already where windows are those of gauges."""
+        if gauged:
+            return Window(gauges(net, self.root, gauged=True), core, self.ranks.found)
+        assert core is not None
+        return CoreWindow(net, core, self.ranks.found)
