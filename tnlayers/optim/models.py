@@ -20,6 +20,8 @@ def trees(model: nn.Module) -> dict[int, tuple[list[str], list[NetworkLayer]]]:
     for name, module in model.named_modules():
         if not isinstance(module, NetworkLayer) or not all(core.requires_grad for core in module.cores):
             continue
+        if len({id(core) for core in module.cores}) < len(module.cores):
+            continue  # one Parameter at two places: they cannot move apart, as points of the manifold may
         if module._window is not None and id(module.cores[0]) not in found:  # of another optimizer: its weight as it is
             with torch.no_grad():
                 net = cut_by(module._contracted.detach(), _not_zero)[0]
