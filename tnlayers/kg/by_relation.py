@@ -1,8 +1,9 @@
 """Contractions of a batch of queries that share relations: row by row, or a relation at a time; the cheaper one.
 
-Operands carry the label ROW where they are sliced at every row of the batch, and RELATION where at the relations. *rows*
-slices both at every row and contracts along the batch. *relations* contracts what hangs on the relations once for each
-distinct one, groups the rows by relation, in blocks as long as the largest group, and multiplies block by block.
+Operands carry the label ROW where they are sliced at every row of the batch, and RELATION where at the relations.
+*rows* slices both at every row and contracts along the batch. *relations* contracts what hangs on the relations once
+for each distinct one, groups the rows by relation, in blocks as long as the largest group, and multiplies block by
+block.
 """
 
 from collections.abc import Sequence

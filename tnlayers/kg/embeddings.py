@@ -81,7 +81,7 @@ def embeddings(model: KGModel) -> Embeddings:
     return Embeddings(entities, relations)
 
 
-def degrees(triples: Float[Tensor, "n 3"], num_entities: int) -> Float[Tensor, "N"]:
+def degrees(triples: Float[Tensor, "n 3"], num_entities: int) -> Float[Tensor, N]:
     """How many triples each entity is in, as head or tail.
 
     Args:
@@ -92,9 +92,7 @@ def degrees(triples: Float[Tensor, "n 3"], num_entities: int) -> Float[Tensor, "
         >>> degrees(torch.tensor([[0, 0, 1], [0, 0, 2]]), 4)
         tensor([2, 1, 1, 0])
     """
-    return torch.bincount(triples[:, 0], minlength=num_entities) + torch.bincount(
-        triples[:, 2], minlength=num_entities
-    )
+    return torch.bincount(triples[:, 0], minlength=num_entities) + torch.bincount(triples[:, 2], minlength=num_entities)
 
 
 @functools.singledispatch

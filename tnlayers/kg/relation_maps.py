@@ -178,8 +178,8 @@ def _up(count: int) -> int:
 class RelationMaps(RelationLayer):
     """Bilinear maps, one a relation, as one network: `y[b] = x[b] M[r_b]`, M of modes (relation, in, out).
 
-    With a Tucker network of the relation mode alone, `M[r] = sum_k R[r, k] W[k]`, this is the middle of TuckER; with one
-    core RESCAL's; any other network with the relations as its first mode serves. The relations of a batch are
+    With a Tucker network of the relation mode alone, `M[r] = sum_k R[r, k] W[k]`, this is the middle of TuckER; with
+    one core RESCAL's; any other network with the relations as its first mode serves. The relations of a batch are
     contracted with the core once each where that is cheaper, and no (batch, in, out) intermediate is made then.
 
     Args:

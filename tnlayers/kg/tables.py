@@ -59,7 +59,7 @@ def reset_table(table: Table, generator: torch.Generator | None = None, std: int
     Example:
         >>> table = make_table(300, 200)
         >>> reset_table(table, torch.Generator().manual_seed(0))
-        >>> round(float(table.weight.std()) / (2 / 500) ** 0.5, 1)
+        >>> round(float(table.weight.detach().std()) / (2 / 500) ** 0.5, 1)
         1.0
     """
     std = sqrt(2 / (table.num_embeddings + table.embedding_dim)) if std is None else std
