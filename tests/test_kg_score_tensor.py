@@ -13,6 +13,14 @@ from tnlayers.kg.by_relation import PLACE, RELATION, ROW, group_by, routes
 N, R, B = 9, 6, 25
 
 
+@pytest.fixture(autouse=True)
+def double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def draw(format, **options):
     generator = torch.Generator().manual_seed(3)
     modes = options.pop("row_modes", (R, N, N))
@@ -133,7 +141,7 @@ def test_distinct_relations_meet_the_core_once(monkeypatch):
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **k: shapes.append((*a.shape, b.shape[1])) or product(a, b, **k))
     y = maps(torch.ones(128, 64), relations)
-    assert (3, 30, 64 * 64) in shapes and all(rows * cols <= 3 * 64 * 64 for rows, _, cols in shapes)
+    assert (3, 6, 64 * 64) in shapes and all(rows * cols <= 3 * 64 * 64 for rows, _, cols in shapes)
     torch.testing.assert_close(y, maps.weight.sum(1)[relations])
 
 
@@ -171,7 +179,7 @@ def test_optimizers_of_networks_take_a_step(name, kind):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
-    assert float(loss()) < float(before)
+    assert float(loss().detach()) < float(before.detach())
     shipped = tnlayers.compact(model)
     with torch.no_grad():  # rounded to the ranks that the optimizer reports
         torch.testing.assert_close(shipped.score_all(h, r), model.score_all(h, r), rtol=0, atol=2e-2)
@@ -189,7 +197,7 @@ def test_a_riemannian_step_is_that_of_the_dense_gradient():
     optimizer = tnlayers.RiemannianSGD(model, lr=0.1, momentum=0.0)
     torch.nn.functional.cross_entropy(model.score_all(h, r), t).backward()
     optimizer.step()
-    torch.testing.assert_close(tnlayers.compact(model).weight, dense.detach() - 0.1 * dense.grad, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tnlayers.compact(model).weight, dense.detach() - 0.1 * dense.grad, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["tucker", "tt_table"])
@@ -204,7 +212,6 @@ def test_saved_and_loaded(tmp_path, name, shared):
             N, R, inverse=True, network=draw(type(model.network), row_modes=model.network.shape, rank=1)
         )
     tnlayers.save(torch.nn.Sequential(model), tmp_path / "m")
-    tnlayers.load(tmp_path / "m", torch.nn.Sequential(other)) if False else None
     holder = torch.nn.Sequential(other)
     tnlayers.load(tmp_path / "m", holder)
     h, r, _ = batch()

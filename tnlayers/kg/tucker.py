@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from decompositions import Network, Tree, Tucker
+from decompositions import Network, Tucker
 from tnlayers.kg.bilinear import Bilinear, Masks, check_sizes
 
 
@@ -146,16 +146,11 @@ class TTER(Bilinear):
         a, b = (rank, rank) if isinstance(rank, int) else rank
         check_sizes("TTER", entity_dim=entity_dim, relation_dim=relation_dim, rank=min(a, b))
         middle = torch.zeros(relation_dim, a, b, dtype=dtype, device=device)
-        cores = [
-            middle,
-            *(
-                middle.new_zeros(n, r)
-                for n, r in zip((triples.num_relations, entity_dim, entity_dim), middle.shape, strict=True)
-            ),
-        ]
+        sides = (triples.num_relations, entity_dim, entity_dim)
+        factors = [middle.new_zeros(n, r) for n, r in zip(sides, middle.shape, strict=True)]
         super().__init__(
             triples,
-            maps=Tree(cores, tree=((0,), (1,), (2,)), num_rows=2),
+            maps=Tucker(middle, factors, num_rows=2),
             entity_dim=entity_dim,
             shared=shared,
             batch_norm=batch_norm,
