@@ -1,0 +1,46 @@
+"""Small models and graphs for the tests of `tnlayers.kg`'s training."""
+
+import torch
+from torch import nn
+
+from tnlayers.kg import KGModel, Triples
+
+
+def graph(entities=23, relations=3, count=120, *, seed=0, inverse=True, valid=12, test=12) -> Triples:
+    """Random triples, every relation and every split of them."""
+    made = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(n, (count * 3,), generator=made) for n in (entities, relations, entities)]
+    triples = torch.stack(ids, 1).unique(dim=0)
+    triples = triples[torch.randperm(len(triples), generator=made)][:count]
+    cut = len(triples) - valid - test
+    names = ({f"e{k}": k for k in range(entities)}, {f"r{k}": k for k in range(relations)})
+    return Triples(triples[:cut], triples[cut : cut + valid], triples[cut + valid :], *names, inverse=inverse)
+
+
+class Bilinear(KGModel):
+    """TuckER in a few lines: a core, two tables, batch norm and dropout on the query as asked."""
+
+    def __init__(self, triples, dim=6, *, dropout=0.0, norm=False, dtype=torch.float32, seed=0):
+        super().__init__(triples.num_entities, triples.num_relations, inverse=triples.inverse)
+        made = torch.Generator().manual_seed(seed)
+
+        def drawn(*shape):
+            return nn.Parameter(torch.randn(*shape, generator=made, dtype=torch.float64).to(dtype) * 0.3)
+
+        self.entities, self.relations = drawn(self.num_entities, dim), drawn(self.num_relations, 3)
+        self.core = drawn(3, dim, dim)
+        self.norm = nn.BatchNorm1d(dim, dtype=dtype) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def query(self, heads, relations):
+        maps = torch.einsum("br,rij->bij", self.relations[relations], self.core)
+        return self.dropout(self.norm((self.entities[heads, None] @ maps)[:, 0]))
+
+    def query_heads(self, relations, tails):
+        if self.inverse:
+            return super().query_heads(relations, tails)
+        maps = torch.einsum("br,rij->bji", self.relations[relations], self.core)
+        return (self.entities[tails, None] @ maps)[:, 0]
+
+    def against(self, query, entities=None):
+        return query @ (self.entities if entities is None else self.entities[entities]).mT
