@@ -2,8 +2,8 @@
 
 from tnlayers.kg.answers import Answers as Answers
 from tnlayers.kg.describe import Description as Description
-from tnlayers.kg.embeddings import Embeddings as Embeddings
-from tnlayers.kg.embeddings import embeddings as embeddings
+from tnlayers.kg.embedding_tables import Embeddings as Embeddings
+from tnlayers.kg.embedding_tables import embeddings as embeddings
 from tnlayers.kg.export import export_embeddings as export_embeddings
 from tnlayers.kg.folder import SavedKG as SavedKG
 from tnlayers.kg.folder import load_kg as load_kg
@@ -24,8 +24,8 @@ from tnlayers.kg.meim import MEIM as MEIM
 from tnlayers.kg.metrics import Metrics as Metrics
 from tnlayers.kg.metrics import Ranks as Ranks
 from tnlayers.kg.model import KGModel as KGModel
-from tnlayers.kg.predict import Prediction as Prediction
-from tnlayers.kg.predict import predict as predict
+from tnlayers.kg.prediction import Prediction as Prediction
+from tnlayers.kg.prediction import predict as predict
 from tnlayers.kg.pykeen import er_model as er_model
 from tnlayers.kg.pykeen import interaction as interaction
 from tnlayers.kg.pykeen import own_model as own_model
@@ -35,9 +35,9 @@ from tnlayers.kg.ranking import rank as rank
 from tnlayers.kg.relation_maps import RelationMaps as RelationMaps
 from tnlayers.kg.score_tensor import ScoreTensor as ScoreTensor
 from tnlayers.kg.special import CP as CP
+from tnlayers.kg.special import RESCAL as RESCAL
 from tnlayers.kg.special import ComplEx as ComplEx
 from tnlayers.kg.special import DistMult as DistMult
-from tnlayers.kg.special import RESCAL as RESCAL
 from tnlayers.kg.special import SimplE as SimplE
 from tnlayers.kg.train import train as train
 from tnlayers.kg.triples import Triples as Triples

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tnlayers.files import write_atomic
-from tnlayers.kg.embeddings import ball_points, embeddings
+from tnlayers.kg.embedding_tables import ball_points, embeddings
 from tnlayers.kg.model import KGModel
 from tnlayers.kg.triples import Triples
 

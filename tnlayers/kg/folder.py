@@ -1,4 +1,4 @@
-"""Folders of trained models: weights, vocabulary and triples, written whole or not at all; read without running code."""
+"""Folders of trained models: weights, vocabulary and triples, written whole or not at all; no code is run."""
 
 from __future__ import annotations
 
@@ -200,7 +200,10 @@ def save_kg(
     names = {"entities": triples.entity_labels, "relations": triples.relation_labels}
     with written_folder(Path(folder), overwrite, "save_kg") as temporary:
         checkpoint.save(model, temporary / WEIGHTS_FILE)
-        save_file({split: triples.split(split) for split in ("train", "valid", "test")}, temporary / TRIPLES_FILE)
+        save_file(
+            {split: triples.split(split).contiguous().clone() for split in ("train", "valid", "test")},
+            temporary / TRIPLES_FILE,
+        )
         (temporary / NAMES_FILE).write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
         (temporary / PLAN_FILE).write_text(text + "\n", encoding="utf-8")
         try:

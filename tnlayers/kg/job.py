@@ -16,7 +16,7 @@ from tnlayers.kg.export import export_embeddings
 from tnlayers.kg.folder import INNER, load_kg, make_model, model_class, save_kg
 from tnlayers.kg.history import History
 from tnlayers.kg.metrics import Metrics
-from tnlayers.kg.predict import Prediction, predict
+from tnlayers.kg.prediction import Prediction, predict
 from tnlayers.kg.ranking import evaluate
 from tnlayers.kg.train import train
 from tnlayers.kg.training_page import training_page
