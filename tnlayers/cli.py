@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tnlayers.cli_kg import app as _kg
+
 app = typer.Typer(
     name="tnlayers",
     help="Tensor-network layers: train and compare them, compress pretrained models, look into weight files.",
@@ -26,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(_kg)
 
 TRAIN_EXAMPLES = """[bold]Examples[/bold]
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 NAMED = 6
-"""Entities of highest degree that are named on a map."""
+"""Entities of highest degree, of those that lie apart, that are named on a map."""
+APART = 34
+"""Points (1/72 inch) between named entities, at least."""
 SPREAD = 0.8
 """Of the radius of the disk: where the median of the outer tenth lies when coordinates are shrunk to be seen."""
 
@@ -182,7 +184,7 @@ def entity_map(
         model: a trained model of the graph.
         triples: the graph; degrees count its training triples.
         title: above; None says what is shown.
-        names: entities of highest degree that are named.
+        names: entities that are named: of highest degree, of those that lie apart.
         size: width and height in inches.
         dpi: pixels an inch.
 
@@ -205,7 +207,7 @@ def entity_map(
         axes.set_xlabel(f"first principal axis, {100 * shares[0]:.0f}% of the variance", color=MUTED, fontsize=8.5)
         axes.set_ylabel(f"second, {100 * shares[1]:.0f}%", color=MUTED, fontsize=8.5)
         axes.grid(True, color=GRID, linewidth=0.6)
-        axes.margins(0.08)
+        axes.margins(0.14, 0.08)
         axes.set_aspect("equal", adjustable="datalim")
     else:
         xy, factor = disk(points)
@@ -222,7 +224,7 @@ def entity_map(
         edgecolors="white", s=_dot(len(xy)), zorder=3,
     )  # fmt: skip
     _degree_bar(figure, axes, drawn, degree)
-    _name_points(figure, axes, xy, [int(k) for k in order[::-1][:names]], triples.entity_labels)
+    _name_points(figure, axes, xy, order[::-1].tolist(), triples.entity_labels, names)
     _titled(axes, shown)
     return figure
 
@@ -332,24 +334,30 @@ def _degree_bar(figure: Figure, axes: Axes, drawn: Any, degree: np.ndarray) -> N
     bar.outline.set_visible(False)  # type: ignore[operator]
 
 
-def _name_points(figure: Figure, axes: Axes, xy: np.ndarray, chosen: Sequence[int], labels: Sequence[str]) -> None:
-    """Names near their points with a line to them: off other names, inside the picture, over as few points as may be."""
+def _name_points(
+    figure: Figure, axes: Axes, xy: np.ndarray, order: Sequence[int], labels: Sequence[str], names: int
+) -> None:
+    """Name the first points in order that lie apart: off other names, inside the picture, over few points."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
     dots, inside, unit = axes.transData.transform(xy), axes.get_window_extent(), figure.dpi / 72
+    style: dict[str, Any] = {"fontsize": 7.5, "color": INK, "zorder": 5, "va": "center"}
+    style["path_effects"] = [withStroke(linewidth=2.2, foreground="white")]
     taken: list[Bbox] = []
-    line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2.5}
-    for k in chosen:
-        text = axes.annotate(
-            _label(labels[k], 24), (xy[k, 0], xy[k, 1]), (0, 0), textcoords="offset points", fontsize=7.5, color=INK,
-            va="center", zorder=5, arrowprops=line, path_effects=[withStroke(linewidth=2.2, foreground="white")],
-        )  # fmt: skip
-        text.set_in_layout(False)
-        width, height = _text_size(text)
-        best: tuple[int, float, float, str, Bbox] | None = None
-        for away in (9, 18, 32, 48):
+    named: list[int] = []
+    for k in order:
+        if len(named) == names:
+            break
+        if any(np.linalg.norm(dots[k] - dots[other]) < APART * unit for other in named):
+            continue
+        label = _label(labels[k], 26)
+        probe = axes.text(0, 0, label, **style)
+        width, height = (getattr(probe.get_window_extent(), what) for what in ("width", "height"))
+        probe.remove()
+        best: tuple[float, float, float, str, Bbox] | None = None
+        for away in (7, 14, 22):
             for angle in np.arange(16) * np.pi / 8:
                 dx, dy = away * float(np.cos(angle)), away * float(np.sin(angle))
                 align = "left" if dx > 1 else "right" if dx < -1 else "center"
@@ -358,23 +366,19 @@ def _name_points(figure: Figure, axes: Axes, xy: np.ndarray, chosen: Sequence[in
                 fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
                 if fits and not any(box.overlaps(other) for other in taken):
                     near = (dots > (box.x0 - 5, box.y0 - 5)) & (dots < (box.x1 + 5, box.y1 + 5))
-                    hidden = int(near.all(1).sum())
-                    if best is None or hidden < best[0]:
-                        best = (hidden, dx, dy, align, box)
+                    cost = int(near.all(1).sum()) + away / 20
+                    if best is None or cost < best[0]:
+                        best = (cost, dx, dy, align, box)
         if best is None:
-            text.remove()
             continue
-        text.set_position(best[1:3])
-        text.set_horizontalalignment(best[3])
+        edge = {"left": (0.0, 0.5), "right": (1.0, 0.5), "center": (0.5, 0.5)}[best[3]]
+        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2.5, "relpos": edge}
+        text = axes.annotate(
+            label, (xy[k, 0], xy[k, 1]), best[1:3], textcoords="offset points", ha=best[3], arrowprops=line, **style
+        )
+        text.set_in_layout(False)
         taken.append(best[4])
-
-
-def _text_size(text: Any) -> tuple[float, float]:
-    """Width and height in pixels, without the line to the point."""
-    from matplotlib.text import Text
-
-    box = Text.get_window_extent(text)
-    return box.width, box.height
+        named.append(k)
 
 
 def _dressed(axes: Axes) -> None:
