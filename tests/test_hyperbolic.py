@@ -165,6 +165,65 @@ def test_the_square_distance_is_smooth_at_the_origin():
     assert torch.allclose(x.grad, -2 * y)
 
 
+def test_a_step_from_a_far_point_is_as_exact_as_its_tangent_vector():
+    """Length and end of exp from √c ρ = 8 in float32, 16 in float64: exp(√c ρ) eps, where <v, v> loses its square."""
+    for dtype, far in ((torch.float32, 8.0), (F64, 16.0)):
+        for c in CURVATURES:
+            v = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.0, 0.0], [0.0, 0.3, 0.0]], dtype=F64)
+            start = H.lorentz_exp0((torch.tensor([0.36, -0.48, 0.8]).double() * far / math.sqrt(c)).to(dtype), c)
+            origin = H.lift(torch.zeros(3, dtype=F64), c)
+            tangent = H.lorentz_transport(origin, start.double(), torch.nn.functional.pad(v, (1, 0)), c)
+            end = H.lorentz_exp(start, tangent.to(dtype), c)
+            moved = H.lorentz_distance(start.double(), end.double(), c)
+            error = float((moved / v.norm(dim=1) - 1).abs().max())
+            assert error <= 4 * math.exp(far) * torch.finfo(dtype).eps, (dtype, c, error)
+
+
+@pytest.mark.parametrize("separation", [1e-1, 1e-3, 1e-5])
+def test_gradients_of_points_close_to_each_other(separation):
+    """Of the difference, not of the product of coordinates: float32 against float64 of the same numbers."""
+    for size in (1.0, 5.0, 30.0):
+        found = []
+        x = torch.tensor([size, 0.3, -0.2])
+        y = x + separation * torch.tensor([0.5, 0.7, -0.5])
+        for dtype in (torch.float32, F64):
+            leaf = x.detach().clone().to(dtype).requires_grad_()
+            H.lorentz_distance(H.lift(leaf), H.lift(y.to(dtype))).backward()
+            found.append(leaf.grad.double())
+        assert float((found[0] - found[1]).norm()) <= 1e-4 * float(found[1].norm()), size
+
+
+@pytest.mark.parametrize("name", ["lorentz_distance", "lorentz_square_distance", "lorentz_log", "lorentz_add"])
+def test_forward_mode_agrees_with_reverse_mode(name, rng):
+    x, y, direction = (torch.randn(3, 2, dtype=F64, generator=rng) for _ in range(3))
+
+    def function(x):
+        return getattr(H, name)(H.lift(x), H.lift(y))
+
+    tangent = torch.func.jvp(function, (x,), (direction,))[1]
+    jacobian = torch.autograd.functional.jacobian(function, x)
+    assert torch.allclose(tangent, torch.einsum("...ij,ij->...", jacobian, direction), atol=1e-12)
+    assert torch.autograd.gradgradcheck(function, (x.requires_grad_(),))
+
+
+def test_overflow_is_not_a_distance_of_zero():
+    x = torch.tensor([60.0, 0.0])
+    for dtype, scale in ((torch.float32, 1.0), (F64, 10.0)):
+        v = x.to(dtype) * scale
+        assert bool(H.lorentz_distance(H.lorentz_exp0(v), H.lorentz_exp0(-v)).isnan())
+    near = H.lorentz_exp0(torch.tensor([39.0, 0.0]))
+    assert bool(torch.isfinite(H.lorentz_log(near, H.lorentz_exp0(torch.tensor([-39.0, 0.0])))).all())
+
+
+@pytest.mark.parametrize("c", CURVATURES)
+def test_the_sum_of_both_models_is_one(c, rng):
+    x, y, z = (points(50, 3, 2.0, c, rng) for _ in range(3))
+    p, q = (H.lorentz_to_poincare(t, c) for t in (x, y))
+    assert torch.allclose(H.lorentz_to_poincare(H.lorentz_add(x, y, c), c), H.mobius_add(p, q, c), atol=1e-12)
+    moved = H.lorentz_distance(H.lorentz_add(x, y, c), H.lorentz_add(x, z, c), c)
+    assert torch.allclose(moved, H.lorentz_distance(y, z, c), rtol=1e-9)
+
+
 def test_the_constraint_after_ten_thousand_steps(rng):
     x = H.lorentz_exp0(torch.randn(8, 4, generator=rng))
     for _ in range(10_000):

@@ -3,6 +3,7 @@
 import importlib as _importlib
 import typing as _typing
 
+from tnlayers.bilinear import Bilinear as Bilinear
 from tnlayers.checkpoint import load as load
 from tnlayers.checkpoint import save as save
 from tnlayers.compile import compile as compile
@@ -24,6 +25,7 @@ from tnlayers.freeze import Freeze as Freeze
 from tnlayers.freeze import FreezeRow as FreezeRow
 from tnlayers.freeze import freeze as freeze
 from tnlayers.freeze import thaw as thaw
+from tnlayers.hyperbolic_tucker import HyperbolicTucker as HyperbolicTucker
 from tnlayers.init import random_network as random_network
 from tnlayers.layer import NetworkLayer as NetworkLayer
 from tnlayers.linear import Linear as Linear

@@ -27,15 +27,15 @@ def measure(layer: NetworkLayer, batch: int, *, rounds: int = 7, every: bool = F
     chosen = [plan for plan in plans if every or layer.rank_plan(plan) <= SHORTLIST * best]
     device = layer.cores[0].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        x = layer.example_input(batch)
-        x = x.requires_grad_(x.is_floating_point())
-        leaves = [leaf for leaf in (x, *layer.parameters()) if leaf.requires_grad]
+        made: Any = layer.example_input(batch)
+        inputs = [x.requires_grad_(x.is_floating_point()) for x in (made if isinstance(made, tuple) else (made,))]
+        leaves = [leaf for leaf in (*inputs, *layer.parameters()) if leaf.requires_grad]
         times: list[list[float]] = [[] for _ in chosen]
         try:
             for count in range(rounds + 1):
                 for k, plan in enumerate(chosen):
                     layer._forced = plan
-                    seconds = _once(layer, x, leaves)
+                    seconds = _once(layer, inputs, leaves)
                     if count:  # the first call warms up
                         times[k].append(seconds)
         finally:
@@ -44,14 +44,16 @@ def measure(layer: NetworkLayer, batch: int, *, rounds: int = 7, every: bool = F
     return sorted(pairs, key=lambda pair: pair[1])
 
 
-def _once(layer: NetworkLayer, x: Tensor, leaves: list[Tensor]) -> float:
+def _once(layer: NetworkLayer, inputs: list[Tensor], leaves: list[Tensor]) -> float:
+    device = inputs[0].device
+
     def wait() -> None:
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     wait()
     start = time.perf_counter()
-    y = layer(x)
+    y = layer(*inputs)
     if leaves:
         torch.autograd.grad(y, leaves, torch.ones_like(y))
     wait()

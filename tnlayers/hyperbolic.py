@@ -8,8 +8,9 @@ What rounding allows (G. Mishne, Z. Wan, Y. Wang, S. Yang, The numerical stabili
 learning, arXiv 2211.00181): a point at distance ρ from the origin has Lorentz coordinates of size exp(√c ρ), and lies
 exp(-√c ρ) from the boundary of the ball. So parametrize points by tangent vectors at the origin, or by the space part
 of Lorentz coordinates (`lift` computes the time): both represent every point up to the range of the exponent,
-√c ρ <= 40 in float32 and <= 340 in float64. The ball ends at √c ρ of about 14 and 34, where `poincare_project` puts
-what lies beyond.
+√c ρ <= 40 in float32 and <= 340 in float64 (beyond, distances are NaN). A tangent vector at such a point has
+coordinates as large as the point's, so that `lorentz_exp` and `lorentz_log` from it err by exp(√c ρ) eps, relatively.
+The ball ends at √c ρ of about 14 and 34, where `poincare_project` puts what lies beyond.
 """
 
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def lorentz_exp(
         tensor([1.5430, 1.1750, 0.0000])
     """
     c = _curvature("lorentz_exp", curvature, x)
-    length = c.sqrt() * _root(lorentz_inner(v, v)[..., None].clamp_min(0))
+    length = c.sqrt() * _tangent_norm(x[..., 1:], v[..., 1:], c)
     return _lift((torch.cosh(length) * x + _sinhc(length) * v)[..., 1:], c)
 
 
@@ -145,7 +146,7 @@ def lorentz_log(
     half_sinh = c.sqrt() / 2 * _root(2 * half)  # sinh(√c d / 2)
     # d / sqrt(2 D + c D^2) = 2 arsinh(s) / (2 s sqrt(1 + s^2)), which is 1 at s = 0
     factor = _arcsinhc(half_sinh) / (1 + half_sinh.square()).sqrt()
-    return factor * (y - x - c * half * x)
+    return factor * (y - x) - factor * half * c * x  # in this order D x, which may overflow, is not formed
 
 
 def lorentz_exp0(v: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d1"]:
@@ -208,6 +209,26 @@ def lorentz_transport(
     c = _curvature("lorentz_transport", curvature, x)
     below = 2 + c * _half_square(x, y, c)  # 1 - c <x, y>
     return v + c * lorentz_inner(y, v)[..., None] / below * (x + y)
+
+
+def lorentz_add(
+    x: Float[Tensor, "*b d1"], y: Float[Tensor, "*b d1"], curvature: Curvature = 1.0
+) -> Float[Tensor, "*b d1"]:
+    """Möbius sum x ⊕ y in the Lorentz model: the boost that carries the origin to x, applied to y.
+
+    Space part `y + (√c y_0 + c (x·y) / (1 + √c x_0)) x`; an isometry in y. Unlike `mobius_add` it has no edge to stay
+    away from.
+
+    Example:
+        >>> import torch
+        >>> x = lift(torch.tensor([3.0, 4.0]))
+        >>> torch.allclose(lorentz_add(x, lift(torch.zeros(2))), x)
+        True
+    """
+    c = _curvature("lorentz_add", curvature, x)
+    inner = (x[..., 1:] * y[..., 1:]).sum(-1, keepdim=True)
+    along = c.sqrt() * y[..., :1] + c * inner / (1 + c.sqrt() * x[..., :1])
+    return _lift(y[..., 1:] + along * x[..., 1:], c)
 
 
 def lorentz_to_poincare(x: Float[Tensor, "*b d1"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d"]:
@@ -379,15 +400,32 @@ def _half_square(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
     """D = -1/c - <x, y>, the axis of coordinates kept: values free of cancellation, gradients of the formula."""
     x, y = x[..., 1:], y[..., 1:]
     x0, y0 = ((1 / c + z.square().sum(-1, keepdim=True)).sqrt() for z in (x, y))
-    plain = x0 * y0 - (x * y).sum(-1, keepdim=True) - 1 / c
+    # |x - y|^2 - (x_0 - y_0)^2 with the difference of times by that of the spaces: its gradient, x - y - (x_0 - y_0) x
+    # / x_0, is exact for points close to each other, its value not for points far out
+    apart = x - y
+    plain = (apart.square().sum(-1, keepdim=True) - ((apart * (x + y)).sum(-1, keepdim=True) / (x0 + y0)).square()) / 2
     with torch.no_grad():
-        sizes = [torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (x, y)]
-        x, y = (z / torch.where(size > 0, size, 1) for z, size in zip((x, y), sizes, strict=True))
-        product = sizes[0] * sizes[1]
-        # the difference of the norms and that of the directions, neither of which cancels
-        radial = (sizes[0] - sizes[1]).square() / (c * (x0 * y0 + product) + 1)
-        stable = radial + product * (x - y).square().sum(-1, keepdim=True) / 2
-    return plain - plain.detach() + stable
+        size, other = (torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (x, y))
+        small, large = torch.minimum(size, other), torch.maximum(size, other)
+        product, most = small * large, torch.where(large > 0, large, 1)
+        # the difference of the norms, and |x||y| times that of the directions, from x - y: neither cancels
+        outward = (apart * (x / most + y / most)).sum(-1, keepdim=True) / (1 + small / most)
+        across = apart - outward * torch.where(size <= other, x, y) / torch.where(small > 0, small, 1)
+        stable = outward.square() / (c * (x0 * y0 + product) + 1)
+        stable = stable + small / most * across.square().sum(-1, keepdim=True) / 2
+    return plain - plain.detach() + stable.detach()  # forward-mode derivatives pass through no_grad
+
+
+def _tangent_norm(x: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    """Norm of the tangent vector at the point with space part x whose space part is v, free of cancellation.
+
+    With n = x / |x|: `<v, v> = |v - (v·n) n|^2 + (v·n)^2 / (1 + c |x|^2)`.
+    """
+    square = x.square().sum(-1, keepdim=True)
+    direction = x / torch.where(square > 0, square, 1).sqrt()
+    along = (v * direction).sum(-1, keepdim=True)
+    across = v - along * direction
+    return _root(across.square().sum(-1, keepdim=True) + along.square() / (1 + c * square))
 
 
 def _gap(p: Tensor, c: Tensor) -> Tensor:
@@ -414,7 +452,7 @@ def _sum(p: Tensor, q: Tensor, c: Tensor) -> Tensor:
 def _root(square: Tensor) -> Tensor:
     """Square root with gradient 0 at 0."""
     positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0 * square)  # a NaN stays one
 
 
 def _over(function: Callable[[Tensor], Tensor], third: float, z: Tensor) -> Tensor:

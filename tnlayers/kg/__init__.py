@@ -23,6 +23,9 @@ from tnlayers.kg.losses import softmax_loss as softmax_loss
 from tnlayers.kg.meim import MEIM as MEIM
 from tnlayers.kg.metrics import Metrics as Metrics
 from tnlayers.kg.metrics import Ranks as Ranks
+from tnlayers.kg.mixed import LPITF as LPITF
+from tnlayers.kg.mixed import MIGTF as MIGTF
+from tnlayers.kg.mixed import StoredScores as StoredScores
 from tnlayers.kg.model import KGModel as KGModel
 from tnlayers.kg.prediction import Prediction as Prediction
 from tnlayers.kg.prediction import predict as predict
@@ -33,6 +36,12 @@ from tnlayers.kg.pykeen import representation as representation
 from tnlayers.kg.ranking import evaluate as evaluate
 from tnlayers.kg.ranking import rank as rank
 from tnlayers.kg.relation_maps import RelationMaps as RelationMaps
+from tnlayers.kg.rotations import AttE as AttE
+from tnlayers.kg.rotations import AttH as AttH
+from tnlayers.kg.rotations import RefE as RefE
+from tnlayers.kg.rotations import RefH as RefH
+from tnlayers.kg.rotations import RotE as RotE
+from tnlayers.kg.rotations import RotH as RotH
 from tnlayers.kg.score_tensor import ScoreTensor as ScoreTensor
 from tnlayers.kg.special import CP as CP
 from tnlayers.kg.special import RESCAL as RESCAL
