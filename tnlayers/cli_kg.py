@@ -24,6 +24,8 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   tnlayers kg train umls --optimizer RankAdaptive --epochs 200 --every 10 --out runs/adaptive
 
+  tnlayers kg train DATA --model MIGTF --base runs/tucker --set hyperbolic_dim=20 --out runs/migtf
+
   tnlayers kg train DATA --train loss=softmax --train label_smoothing=0.2 --out runs/softmax
 
 DATA is a folder with train, valid and test (.tsv .csv .txt .nt, also packed), a file, or the name of a PyKEEN dataset.
@@ -63,11 +65,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 def train(
     data: Annotated[str, typer.Argument(help="Folder or file of triples, or the name of a PyKEEN dataset.")],
     out: Annotated[Path, typer.Option(help="Folder for all results.")],
-    model: Annotated[
-        str, typer.Option(help="TuckER, TTER, MEIM, ComplEx, DistMult, CP, SimplE, RESCAL, ...")
-    ] = "TuckER",
+    model: Annotated[str, typer.Option(help="TuckER, RTuckER, MIGTF, RotH, MEIM, ComplEx, ...")] = "TuckER",
     option: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the model; may be repeated.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Model, options and training of a paper, by name.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder of a trained model that MIGTF is made on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training queries; 100 by default.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Queries a step; 128 by default.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; 1e-3 by default.")] = None,
@@ -103,7 +103,7 @@ def train(
         }  # fmt: skip
         training: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
         config = TrainConfig(
-            data, out, model=model, options=parse_options(tuple(option or ())),
+            data, out, model=model, options=parse_options(tuple(option or ())), base=base,
             training=parse_options(tuple(further or ())) | training, inverse=inverse, columns=columns, unseen=unseen,
             seed=seed, device=device, threads=threads, overwrite=overwrite,
         )  # fmt: skip

@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tnlayers.hyperbolic import lift, lorentz_to_poincare
+from tnlayers.kg.mixed import LPITF, MIGTF
 from tnlayers.kg.model import KGModel
+from tnlayers.kg.rotations import RotH
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +112,26 @@ def ball_points(model: nn.Module) -> Float[Tensor, "N d"] | None:
         True
     """
     return None
+
+
+@ball_points.register(LPITF)
+def _lorentz_points(model: LPITF) -> Tensor:
+    c = torch.as_tensor(model.curvature(), dtype=torch.float64).detach().cpu()
+    return lorentz_to_poincare(lift(model.entities.detach().double().cpu(), c), c) * c.sqrt()
+
+
+@ball_points.register(MIGTF)
+def _hyperbolic_part(model: MIGTF) -> Tensor:
+    return _lorentz_points(model.hyperbolic)
+
+
+@ball_points.register(RotH)
+def _tangent_points(model: RotH) -> Tensor:
+    """Every relation has a curvature of its own; drawn at their geometric mean."""
+    c = model.curvatures().detach().double().cpu().log().mean().exp()
+    v = c.sqrt() * model.entities.detach().double().cpu()
+    norm = v.norm(dim=1, keepdim=True)
+    return torch.tanh(norm) / norm.clamp_min(torch.finfo(torch.float64).tiny) * v
 
 
 def _rows(module: nn.Module, count: int) -> Tensor:

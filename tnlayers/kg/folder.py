@@ -73,9 +73,28 @@ def model_class(name: str) -> type[KGModel]:
 
 
 def _makes_itself(kind: type[KGModel]) -> bool:
-    """Whether a model needs nothing but triples and options with defaults."""
+    """Whether a model is made of triples, or of another model, and options with defaults."""
     first, *others = inspect.signature(kind).parameters.values()
-    return first.name == "triples" and all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in others)
+    return (first.name == "triples" or _inner(kind) is not None) and all(p.default is not p.empty for p in others)
+
+
+def _inner(kind: type[KGModel]) -> str | None:
+    """The option that is another model, such as `tucker` of MIGTF."""
+    first = next(iter(inspect.signature(kind).parameters.values()))
+    return first.name if first.annotation in (KGModel, "KGModel") else None
+
+
+def inner_option(name: str) -> str | None:
+    """The option of a model that is another, trained model: `tucker` of MIGTF; None for most.
+
+    Args:
+        name: see `model_class`.
+
+    Example:
+        >>> inner_option("MIGTF"), inner_option("TuckER")
+        ('tucker', None)
+    """
+    return _inner(model_class(name))
 
 
 def make_model(name: str, triples: Any, options: Mapping[str, Any] | None = None) -> KGModel:
@@ -84,7 +103,8 @@ def make_model(name: str, triples: Any, options: Mapping[str, Any] | None = None
     Args:
         name: see `model_class`.
         triples: what has num_entities, num_relations and inverse.
-        options: keyword arguments that JSON holds.
+        options: keyword arguments that JSON holds. A model on top of another one, such as MIGTF, has that as an option:
+            a model, or what makes one, `{"model": "TuckER", "options": {...}}`.
 
     Raises:
         ValueError: an unknown model, an option it does not have (with those it has) or refuses.
@@ -96,11 +116,22 @@ def make_model(name: str, triples: Any, options: Mapping[str, Any] | None = None
         ValueError: kg: TuckER has no option 'entity_size', expected one of ...
     """
     kind: Any = model_class(name)
+    inner, given = _inner(kind), dict(options or {})
+    first = triples
+    if inner is not None:
+        first = given.pop(inner, None)
+        if isinstance(first, Mapping) and {"model"} <= set(first) <= {"model", "options"}:
+            first = make_model(first["model"], triples, first.get("options"))
+        if not isinstance(first, KGModel):
+            raise ValueError(
+                f"kg: {kind.__name__} is made on a trained model, expected one as the option {inner!r} "
+                f"(kg train: --base FOLDER), got {first!r:.60}"
+            )
     allowed = [key for key in list(inspect.signature(kind).parameters)[1:] if key not in ("generator", "device")]
-    for key in options or {}:
+    for key in given:
         if key not in allowed:
             raise ValueError(f"kg: {kind.__name__} has no option {key!r}, expected one of {', '.join(allowed)}")
-    made: KGModel = kind(triples, **_plain(options or {}))
+    made: KGModel = kind(first, **_plain(given))
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +14,10 @@ import torch
 
 from tnlayers.files import write_atomic
 from tnlayers.kg.export import export_embeddings
-from tnlayers.kg.folder import INNER, load_kg, make_model, model_class, save_kg
+from tnlayers.kg.folder import INNER, inner_option, load_kg, make_model, model_class, save_kg
 from tnlayers.kg.history import History
 from tnlayers.kg.metrics import Metrics
+from tnlayers.kg.model import KGModel
 from tnlayers.kg.prediction import Prediction, predict
 from tnlayers.kg.ranking import evaluate
 from tnlayers.kg.train import train
@@ -27,6 +29,8 @@ from tnlayers.pretrained.hub import read_json
 Progress = Callable[[int, int, str], None]
 CHECKPOINT, LOG, METRICS, SETTINGS, PAGE = "checkpoint.pt", "log.jsonl", "metrics.json", "settings.json", "index.html"
 OURS = (CHECKPOINT, LOG, METRICS, SETTINGS, PAGE)
+OWN = ("seed", "generator", "checkpoint", "log", "progress", "schedule")
+"""Arguments of `train` that the job gives itself, or that no JSON holds."""
 DEFAULT_TRAINING: dict[str, Any] = {"epochs": 100, "batch_size": 128, "lr": 1e-3}
 
 
@@ -39,6 +43,7 @@ class TrainConfig:
         out: folder of everything that is written; its parent must exist.
         model: name of a model of `tnlayers.kg`.
         options: of its constructor, plain JSON.
+        base: folder of a trained model that the model is made on (MIGTF).
         training: keyword arguments of `train`, plain JSON; where one is missing its default counts.
         inverse: whether heads are tails of inverse relations.
         columns: order of the columns, see `load_triples`.
@@ -60,6 +65,7 @@ class TrainConfig:
     out: str | Path
     model: str = "TuckER"
     options: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     inverse: bool = True
     columns: str = "hrt"
@@ -71,9 +77,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         model_class(self.model)
-        mine = {"seed", "generator", "checkpoint", "log", "progress"} & set(self.training)
-        if mine:
-            raise ValueError(f"kg train: {', '.join(sorted(mine))} is set by the job, leave it out of the training")
+        known = [name for name in list(inspect.signature(train).parameters)[2:] if name not in OWN]
+        for name in self.training:
+            if name not in known:
+                raise ValueError(f"kg train: no training option {name!r}, expected one of {', '.join(known)}")
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on."""
@@ -146,9 +153,7 @@ def run(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     out = Path(config.out)
     settings = config.settings()
     triples = load_triples(config.data, config.inverse, config.columns, unseen=config.unseen)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = make_model(config.model, triples, config.options).to(config.device)
+    model, options = _model(config, triples)
     _open(out, settings | {"facts": _facts(triples)}, config.overwrite)
     try:
         if config.threads is not None:
@@ -168,11 +173,28 @@ def run(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     result = TrainResult(out, history, metrics, model.parameter_count(), time.perf_counter() - begin)
     figures = result.to_dict()
     about = {"settings": settings, "metrics": {split: metrics[split]._numbers() for split in metrics}}
-    save_kg(model, out / INNER, triples, options=settings["options"], about=about, overwrite=True)
+    save_kg(model, out / INNER, triples, options=options, about=about, overwrite=True)
     document = {"settings": settings, "hardware": hardware_facts(), **figures}
     write_atomic(out / METRICS, json.dumps(document, indent=1, allow_nan=False) + "\n")
     write_atomic(out / PAGE, training_page(model, triples, history, metrics, settings))
     return result
+
+
+def _model(config: TrainConfig, triples: Triples) -> tuple[KGModel, dict[str, Any]]:
+    """The model at its start, and the options that make it again."""
+    given, kept = dict(config.options), dict(config.options)
+    if config.base is not None:
+        held = load_kg(config.base)
+        inner = inner_option(config.model)
+        if inner is None:
+            raise ValueError(f"kg train: {config.model} is not made on another model; leave the base out")
+        same = held.triples.entity_to_id == triples.entity_to_id, held.triples.relation_to_id == triples.relation_to_id
+        if not all(same) or held.triples.inverse != triples.inverse:
+            raise ValueError(f"kg train: {config.base} was trained on another graph than {config.data}")
+        given[inner], kept[inner] = held.model, {"model": held.name, "options": held.options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return make_model(config.model, triples, given).to(config.device), kept
 
 
 def _facts(triples: Triples) -> dict[str, int]:
