@@ -32,6 +32,7 @@ from tnlayers.kg.prediction import predict as predict
 from tnlayers.kg.pykeen import er_model as er_model
 from tnlayers.kg.pykeen import interaction as interaction
 from tnlayers.kg.pykeen import own_model as own_model
+from tnlayers.kg.pykeen import pipeline_optimizer as pipeline_optimizer
 from tnlayers.kg.pykeen import representation as representation
 from tnlayers.kg.ranking import evaluate as evaluate
 from tnlayers.kg.ranking import rank as rank

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from tnlayers.kg.foreign import PyKEENModel
 from tnlayers.kg.model import KGModel
@@ -21,8 +23,7 @@ def interaction(model: KGModel, *, fresh: bool = False) -> Any:
     The interaction holds the model itself, all its tables included, shared or separate, dense, hyperbolic or networks;
     what PyKEEN passes around in place of embeddings are numbers of entities and relations (`.representations()`). So a
     query is contracted once with everything but the candidates, in any broadcast shape, and batch norm and dropout act
-    on queries alone, as in our own training. An optimizer of ours is built on the model and given as it is:
-    `pipeline(optimizer=RankAdaptive(model, ...), ...)`.
+    on queries alone, as in our own training. For an optimizer of ours see `pipeline_optimizer`.
 
     Args:
         model: any KGModel.
@@ -86,6 +87,59 @@ def er_model(model: KGModel, triples_factory: Any, *, fresh: bool = False, **opt
     except ImportError as error:
         raise ImportError(f"er_model: {EXTRA}") from error
     return ERModel(triples_factory=triples_factory, **made.representations(), **options)
+
+
+def pipeline_optimizer(model: KGModel, make: Callable[..., Optimizer]) -> type[Optimizer]:
+    """An optimizer of ours for PyKEEN's `pipeline`, as the class that it wants to instantiate itself.
+
+    PyKEEN makes an optimizer from parameters, anew after every reset; ours take the model. Projection, retraction and
+    rank changes happen inside `step()`.
+
+    Args:
+        model: the one given to `interaction` or `er_model`.
+        make: called with the model, `functools.partial(RiemannianAdam, lr=0.01)` say.
+
+    Returns:
+        A class for `pipeline(optimizer=...)`; options of `optimizer_kwargs` other than `lr` belong into `make`.
+
+    Raises:
+        TypeError: no KGModel.
+
+    Example:
+        >>> from tnlayers.kg import TuckER, load_triples
+        >>> from tnlayers.optim import RiemannianAdam
+        >>> model = TuckER(load_triples({"train": [("a", "r", "b")]}), entity_dim=3, relation_dim=2)
+        >>> kind = pipeline_optimizer(model, functools.partial(RiemannianAdam, lr=0.01))
+        >>> kind(model.parameters()).param_groups[0]["lr"]
+        0.01
+    """
+    _check("pipeline_optimizer", model)
+
+    class Within(Optimizer):
+        """One of ours, made of the model whatever the parameters."""
+
+        def __init__(self, params: Any, lr: float | int | None = None) -> None:
+            del params  # those of the model
+            self._made = make(model)
+            super().__init__(model.parameters(), {} if lr is None else {"lr": lr})
+            self.param_groups, self.state = self._made.param_groups, self._made.state
+            for group in self.param_groups if lr is not None else ():
+                group["lr"] = lr
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self._made.zero_grad(set_to_none)
+
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return self._made.step() if closure is None else self._made.step(closure)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"state": self._made.state_dict(), "param_groups": [{"lr": self.param_groups[0]["lr"]}]}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self._made.load_state_dict(state_dict["state"])
+
+    Within.__name__ = getattr(getattr(make, "func", make), "__name__", "Optimizer")
+    return Within
 
 
 def own_model(model: nn.Module, into: KGModel | None = None) -> KGModel:
