@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from tnlayers.cli_grid import app as _grid
+from tnlayers.cli_kg import app as _kg
 
 app = typer.Typer(
     name="tnlayers",
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(_grid)
+app.add_typer(_kg)
 
 TRAIN_EXAMPLES = """[bold]Examples[/bold]
 

@@ -2,6 +2,12 @@
 
 from tnlayers.kg.answers import Answers as Answers
 from tnlayers.kg.describe import Description as Description
+from tnlayers.kg.embedding_tables import Embeddings as Embeddings
+from tnlayers.kg.embedding_tables import embeddings as embeddings
+from tnlayers.kg.export import export_embeddings as export_embeddings
+from tnlayers.kg.folder import SavedKG as SavedKG
+from tnlayers.kg.folder import load_kg as load_kg
+from tnlayers.kg.folder import save_kg as save_kg
 from tnlayers.kg.foreign import PyKEENModel as PyKEENModel
 from tnlayers.kg.foreign import as_model as as_model
 from tnlayers.kg.history import Epoch as Epoch
@@ -21,6 +27,13 @@ from tnlayers.kg.mixed import LPITF as LPITF
 from tnlayers.kg.mixed import MIGTF as MIGTF
 from tnlayers.kg.mixed import StoredScores as StoredScores
 from tnlayers.kg.model import KGModel as KGModel
+from tnlayers.kg.prediction import Prediction as Prediction
+from tnlayers.kg.prediction import predict as predict
+from tnlayers.kg.pykeen import er_model as er_model
+from tnlayers.kg.pykeen import interaction as interaction
+from tnlayers.kg.pykeen import own_model as own_model
+from tnlayers.kg.pykeen import pipeline_optimizer as pipeline_optimizer
+from tnlayers.kg.pykeen import representation as representation
 from tnlayers.kg.r_tucker import RTuckER as RTuckER
 from tnlayers.kg.r_tucker import r_tucker_optimizer as r_tucker_optimizer
 from tnlayers.kg.ranking import evaluate as evaluate

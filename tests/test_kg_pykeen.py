@@ -1,0 +1,184 @@
+"""Models of ours inside PyKEEN: the same scores, trained by its pipeline, and back."""
+
+import logging
+import pickle
+import warnings
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("pykeen")
+warnings.filterwarnings("ignore")  # PyKEEN's own, on import
+
+from pykeen.datasets import get_dataset  # noqa: E402
+from pykeen.models import ERModel  # noqa: E402
+from pykeen.pipeline import pipeline  # noqa: E402
+
+import tnlayers  # noqa: E402
+from decompositions import TTMatrix  # noqa: E402
+from tnlayers import kg  # noqa: E402
+from tnlayers.kg.pykeen import broadcast_scores  # noqa: E402
+from tnlayers.optim import RankAdaptive, RiemannianAdam  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+logging.getLogger("pykeen").setLevel(logging.ERROR)
+
+MODELS = {
+    "TuckER": partial(kg.TuckER, entity_dim=6, relation_dim=3),
+    "TuckER, two tables, bias": partial(kg.TuckER, entity_dim=6, relation_dim=3, shared=False, entity_bias=True),
+    "TuckER, TT table": partial(
+        kg.TuckER, entity_dim=8, relation_dim=3, entity_table=tnlayers.random_network(TTMatrix, rank=3)
+    ),
+    "TTER": partial(kg.TTER, entity_dim=6, relation_dim=3, rank=2),
+    "MEIM": kg.MEIM,
+    "ComplEx": partial(kg.ComplEx, dim=5),
+    "RotH": partial(kg.RotH, entity_dim=6, std=0.3),
+    "MIGTF": lambda of: kg.MIGTF(kg.TuckER(of, 6, 3), hyperbolic_dim=4, relation_std=0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def nations():
+    return kg.load_triples("nations"), get_dataset(dataset="nations", dataset_kwargs={"create_inverse_triples": True})
+
+
+def made(name, triples):
+    model = MODELS[name](triples).double()
+    for value in model.parameters():
+        if value.ndim > 1 and not bool(value.any()):
+            torch.nn.init.normal_(value, std=0.3)  # the start of MIG-TF says nothing
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_scores_inside_pykeen_as_outside(name, nations):
+    triples, data = nations
+    model = made(name, triples)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    theirs = kg.er_model(model, data.training).eval()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    h, t, r = torch.arange(14), torch.arange(14).flip(0), torch.arange(14) * 3
+    pykeen_r = 2 * r  # r^-1 is 2 r + 1 there
+    expected = model.score_all(h, r).detach()
+    torch.testing.assert_close(theirs.score_t(torch.stack([h, pykeen_r], 1)), expected)
+    torch.testing.assert_close(theirs.score_t(torch.stack([h, pykeen_r + 1], 1)), model.score_all(h, r + 55))
+    some = torch.tensor([3, 0, 9])
+    torch.testing.assert_close(theirs.score_t(torch.stack([h, pykeen_r], 1), tails=some), expected[:, some])
+    each = torch.stack([h, t], 1)
+    torch.testing.assert_close(theirs.score_t(torch.stack([h, pykeen_r], 1), tails=each), expected.gather(1, each))
+    torch.testing.assert_close(theirs.score_t(torch.stack([h, pykeen_r], 1), slice_size=5), expected)
+    torch.testing.assert_close(
+        theirs.score_hrt(torch.stack([h, pykeen_r, t], 1))[:, 0], expected.gather(1, t[:, None])[:, 0]
+    )
+    heads = theirs.score_h(torch.stack([pykeen_r, t], 1))
+    pairs = torch.cartesian_prod(torch.arange(14), torch.arange(14))
+    byhand = model(pairs[:, 1], r[pairs[:, 0]], t[pairs[:, 0]]).reshape(14, 14)
+    torch.testing.assert_close(heads, byhand)
+    relations = theirs.score_r(torch.stack([h, t], 1))
+    torch.testing.assert_close(relations[:, ::2], model.score_relations(h, t))
+
+
+def test_broadcasting_needs_one_query_a_row(nations):
+    triples, _ = nations
+    model, asked = made("TuckER", triples), []
+    own = model.query
+    model.query = lambda heads, relations: asked.append(len(heads)) or own(heads, relations)
+    h, r, t = torch.arange(4)[:, None], torch.arange(4)[:, None], torch.arange(14)[None]
+    full = broadcast_scores(model, h, r, t)
+    assert asked == [4]
+    torch.testing.assert_close(broadcast_scores(model, h, r, t[:, 3:9]), full[:, 3:9])
+    torch.testing.assert_close(broadcast_scores(model, h[..., None], r[..., None], t[None]), full[:, None])
+    several = broadcast_scores(model, h[:, None], r[None], t[None])  # (4, 4, 14): every head with every relation
+    torch.testing.assert_close(several.diagonal(), full.mT)
+    crossed = broadcast_scores(model, h.mT, r.mT, t.mT)  # (14, 4): the tails in the other axis
+    torch.testing.assert_close(crossed, full.mT)
+    assert broadcast_scores(model, h[1, 0], r[1, 0], t[0, 2]) == full[1, 2]
+    assert asked == [4, 4, 4, 16, 4, 1]
+
+
+@pytest.mark.parametrize("loop", ["lcwa", "slcwa"])
+def test_the_pipeline_trains_the_model_in_place(loop, nations):
+    triples, data = nations
+    model = kg.TuckER(triples, entity_dim=8, relation_dim=4, dropouts=(0.0, 0.1, 0.1))
+    before = kg.evaluate(model.eval(), triples).mrr
+    arguments = kg.interaction(model).representations()
+    result = pipeline(
+        training=data.training, validation=data.validation, testing=data.testing, model=ERModel,
+        model_kwargs=arguments, loss="BCEWithLogitsLoss", optimizer="adam", optimizer_kwargs={"lr": 0.01},
+        training_loop=loop, training_kwargs={"num_epochs": 6, "batch_size": 64, "use_tqdm": False},
+        evaluation_kwargs={"use_tqdm": False, "batch_size": 64}, random_seed=0, device="cpu",
+    )  # fmt: skip
+    assert kg.own_model(result.model) is model
+    after = kg.evaluate(model.eval(), triples)
+    assert after.mrr > before + 0.05
+    assert after.mrr == pytest.approx(result.get_metric("mrr"), abs=1e-6)
+    copy = kg.own_model(result.model, kg.TuckER(triples, entity_dim=8, relation_dim=4)).eval()
+    assert torch.equal(copy.score_all(*triples.train[:5, :2].T), model.score_all(*triples.train[:5, :2].T))
+    again = pickle.loads(pickle.dumps(result.model))
+    assert torch.equal(again.interaction.model.entities.weight, model.entities.weight)
+
+
+@pytest.mark.parametrize("kind", [partial(RiemannianAdam, lr=0.01), partial(RankAdaptive, lr=0.01, tol=0.1)])
+def test_an_optimizer_of_ours_goes_into_the_pipeline(kind, nations):
+    triples, data = nations
+    model = kg.TuckER(triples, entity_dim=8, relation_dim=4, dropouts=(0.0, 0.0, 0.0))
+    before = model.maps.network.cores[1].clone()
+    result = pipeline(
+        training=data.training, testing=data.testing, model=kg.er_model(model, data.training, loss="BCEWithLogitsLoss"),
+        optimizer=kg.pipeline_optimizer(model, kind), training_loop="lcwa",
+        training_kwargs={"num_epochs": 4, "batch_size": 64, "use_tqdm": False},
+        evaluation_kwargs={"use_tqdm": False}, random_seed=0, device="cpu",
+    )  # fmt: skip
+    assert result.losses[-1] < result.losses[0]
+    after = model.maps.network.cores[1]
+    assert after.shape != before.shape or not torch.equal(after, before)
+
+
+def test_fresh_models_are_drawn_anew_and_others_kept(nations):
+    triples, data = nations
+    model = kg.TuckER(triples, entity_dim=6, relation_dim=3)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    kg.er_model(model, data.training)
+    assert all(torch.equal(value, start[key]) for key, value in model.state_dict().items())
+    torch.manual_seed(3)
+    kg.er_model(model, data.training, fresh=True)
+    first = model.entities.weight.clone()
+    assert not torch.equal(first, start["entities.weight"])
+    torch.manual_seed(3)
+    kg.er_model(model, data.training, fresh=True)
+    assert torch.equal(first, model.entities.weight)
+
+
+def test_tables_serve_models_of_pykeen(nations):
+    _, data = nations
+    table = tnlayers.Embedding(14, 8, network=tnlayers.random_network(TTMatrix, rank=3))
+    given = kg.representation(table)
+    assert (given.max_id, given.shape) == (14, (8,))
+    torch.testing.assert_close(given(torch.tensor([[1, 1], [3, 0]])), table.weight[torch.tensor([[1, 1], [3, 0]])])
+    torch.testing.assert_close(given(None), table.weight)
+    on_manifold = torch.nn.Parameter(torch.linalg.qr(torch.randn(14, 8)).Q)
+    kept = on_manifold.detach().clone()
+    model = ERModel(
+        triples_factory=data.training, interaction="distmult", entity_representations=kg.representation(on_manifold),
+        relation_representations_kwargs={"shape": 8},
+    )  # fmt: skip
+    assert torch.equal(on_manifold, kept)
+    model.score_hrt(data.training.mapped_triples[:5]).sum().backward()
+    assert on_manifold.grad is not None
+    assert kg.own_model(model).score_all(torch.tensor([0]), torch.tensor([0])).shape == (1, 14)
+
+
+def test_refusals(nations):
+    triples, data = nations
+    model = kg.TuckER(triples, entity_dim=6, relation_dim=3)
+    plain = get_dataset(dataset="nations").training
+    with pytest.raises(ValueError, match=r"expected 14 and 110 with .*=True, got 14 and 55 with False"):
+        kg.er_model(model, plain)
+    with pytest.raises(TypeError, match="expected a KGModel, got Linear"):
+        kg.interaction(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"fresh=True needs reset_parameters\(\)"):
+        kg.interaction(kg.KGModel(3, 2, inverse=False), fresh=True)
+    theirs = kg.er_model(model, data.training)
+    with pytest.raises(TypeError, match="into must be a TuckER, as trained, got ComplEx"):
+        kg.own_model(theirs, kg.ComplEx(triples, dim=3))

@@ -1,0 +1,352 @@
+"""`tnlayers kg`: train a model on a graph, evaluate, ask, export; every step from files to files."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tnlayers.files import write_atomic
+from tnlayers.kg.export import export_embeddings
+from tnlayers.kg.folder import INNER, inner_option, load_kg, make_model, model_class, save_kg
+from tnlayers.kg.history import History
+from tnlayers.kg.metrics import Metrics
+from tnlayers.kg.model import KGModel
+from tnlayers.kg.prediction import Prediction, predict
+from tnlayers.kg.ranking import evaluate
+from tnlayers.kg.train import train
+from tnlayers.kg.training_page import training_page
+from tnlayers.kg.triples import Triples, load_triples
+from tnlayers.main_job.config import hardware_facts
+from tnlayers.pretrained.hub import read_json
+
+Progress = Callable[[int, int, str], None]
+CHECKPOINT, LOG, METRICS, SETTINGS, PAGE = "checkpoint.pt", "log.jsonl", "metrics.json", "settings.json", "index.html"
+OURS = (CHECKPOINT, LOG, METRICS, SETTINGS, PAGE)
+OWN = ("seed", "generator", "checkpoint", "log", "progress", "schedule")
+"""Arguments of `train` that the job gives itself, or that no JSON holds."""
+DEFAULT_TRAINING: dict[str, Any] = {"epochs": 100, "batch_size": 128, "lr": 1e-3}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `tnlayers kg train` is told.
+
+    Args:
+        data: folder, file, or name of a PyKEEN dataset.
+        out: folder of everything that is written; its parent must exist.
+        model: name of a model of `tnlayers.kg`.
+        options: of its constructor, plain JSON.
+        base: folder of a trained model that the model is made on (MIGTF).
+        training: keyword arguments of `train`, plain JSON; where one is missing its default counts.
+        inverse: whether heads are tails of inverse relations.
+        columns: order of the columns, see `load_triples`.
+        unseen: what is done with triples of something never trained, see `load_triples`.
+        seed: of the start and of everything that training draws.
+        device: "cpu", "cuda", ...
+        threads: of the CPU; None: torch's number.
+        overwrite: forget what `out` holds; otherwise the same settings go on, others are refused.
+
+    Raises:
+        ValueError: an unknown model, or training settings that are the job's own.
+
+    Example:
+        >>> TrainConfig("umls", "runs/umls", training={"epochs": 3}).training
+        {'epochs': 3}
+    """
+
+    data: str
+    out: str | Path
+    model: str = "TuckER"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    inverse: bool = True
+    columns: str = "hrt"
+    unseen: str = "keep"
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        model_class(self.model)
+        known = [name for name in list(inspect.signature(train).parameters)[2:] if name not in OWN]
+        for name in self.training:
+            if name not in known:
+                raise ValueError(f"kg train: no training option {name!r}, expected one of {', '.join(known)}")
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on."""
+        found = asdict(self)
+        for name in ("out", "overwrite", "threads"):
+            del found[name]
+        found["model"] = model_class(self.model).__name__
+        return found | {"training": DEFAULT_TRAINING | dict(self.training), "options": dict(self.options)}
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What a training job left behind.
+
+    Args:
+        folder: that holds it.
+        history: of the training.
+        metrics: split -> its evaluation; empty where neither valid nor test has triples.
+        parameters: numbers that are trained.
+        seconds: of the whole job.
+
+    Example:
+        >>> TrainResult(Path("out"), History((), None, "epochs"), {}, 8, 0.5).to_dict()["parameters"]
+        8
+    """
+
+    folder: Path
+    history: History
+    metrics: dict[str, Metrics]
+    parameters: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "parameters": self.parameters,
+            "epochs": len(self.history.epochs),
+            "stopped": self.history.stopped,
+            "best_epoch": self.history.best,
+            "training_seconds": self.history.seconds,
+            **{split: metrics.to_dict() for split, metrics in self.metrics.items()},
+        }
+
+
+def run(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
+    """Train, evaluate, and write model, log, figures and page to `config.out`.
+
+    The folder then holds `model` (which `load_kg` rebuilds alone), `log.jsonl` (a line an epoch), `metrics.json`,
+    `settings.json`, `index.html` and `checkpoint.pt`. The same call goes on from the checkpoint, after Ctrl-C or
+    kill -9; with the training done it evaluates again. Every file is written whole or not at all.
+
+    Args:
+        config: what to do.
+        progress: called as (steps done, steps in all, text).
+
+    Raises:
+        FileNotFoundError: no such data, or the parent of `out` is missing.
+        ValueError: data, options or settings that make no sense; a folder of other settings.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "train.tsv").write_text("a\\tr\\tb\\nb\\tr\\tc\\n")
+        >>> _ = (folder / "test.tsv").write_text("a\\tr\\tc\\n")
+        >>> config = TrainConfig(str(folder), folder / "out", options={"entity_dim": 4}, training={"epochs": 2})
+        >>> run(config).metrics["test"].count
+        2
+    """
+    begin, before = time.perf_counter(), torch.get_num_threads()
+    out = Path(config.out)
+    settings = config.settings()
+    triples = load_triples(config.data, config.inverse, config.columns, unseen=config.unseen)
+    model, options = _model(config, triples)
+    _open(out, settings | {"facts": _facts(triples)}, config.overwrite)
+    try:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        history = train(
+            model,
+            triples,
+            **settings["training"],
+            seed=config.seed,
+            checkpoint=out / CHECKPOINT,
+            log=out / LOG,
+            progress=progress or False,
+        )
+        metrics = {split: evaluate(model, triples, split) for split in ("valid", "test") if len(triples.split(split))}
+    finally:
+        torch.set_num_threads(before)
+    result = TrainResult(out, history, metrics, model.parameter_count(), time.perf_counter() - begin)
+    figures = result.to_dict()
+    about = {"settings": settings, "metrics": {split: metrics[split]._numbers() for split in metrics}}
+    save_kg(model, out / INNER, triples, options=options, about=about, overwrite=True)
+    document = {"settings": settings, "hardware": hardware_facts(), **figures}
+    write_atomic(out / METRICS, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_atomic(out / PAGE, training_page(model, triples, history, metrics, settings))
+    return result
+
+
+def _model(config: TrainConfig, triples: Triples) -> tuple[KGModel, dict[str, Any]]:
+    """The model at its start, and the options that make it again."""
+    given, kept = dict(config.options), dict(config.options)
+    if config.base is not None:
+        held = load_kg(config.base)
+        inner = inner_option(config.model)
+        if inner is None:
+            raise ValueError(f"kg train: {config.model} is not made on another model; leave the base out")
+        same = held.triples.entity_to_id == triples.entity_to_id, held.triples.relation_to_id == triples.relation_to_id
+        if not all(same) or held.triples.inverse != triples.inverse:
+            raise ValueError(f"kg train: {config.base} was trained on another graph than {config.data}")
+        given[inner], kept[inner] = held.model, {"model": held.name, "options": held.options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return make_model(config.model, triples, given).to(config.device), kept
+
+
+def _facts(triples: Triples) -> dict[str, int]:
+    """Sizes by which data of the same name are told apart."""
+    splits = {split: len(triples.split(split)) for split in ("train", "valid", "test")}
+    return {"entities": triples.num_entities, "relations": len(triples.relation_to_id), **splits}
+
+
+def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """A folder for these settings: new, or one they were run in."""
+    if not out.is_dir() and (out.exists() or not out.parent.is_dir()):
+        raise FileNotFoundError(f"kg train: OUT must be a folder, or a new one in a folder that exists, got {out}")
+    file = out / SETTINGS
+    kept = json.loads(json.dumps(settings))
+    if out.is_dir() and any(out.iterdir()):
+        if not file.is_file():
+            raise ValueError(f"kg train: {out} holds something else; give another folder")
+        if overwrite:
+            for name in OURS:
+                (out / name).unlink(missing_ok=True)
+        else:
+            there = read_json("kg train", file)
+            other = [key for key in {**there, **kept} if there.get(key) != kept.get(key)]
+            if other:
+                told = ", ".join(f"{key} = {kept.get(key)!r} (there: {there.get(key)!r})" for key in other)
+                raise ValueError(f"kg train: {out} holds another run: {told}; give overwrite=True (--overwrite)")
+    out.mkdir(exist_ok=True)
+    write_atomic(file, json.dumps(kept, indent=1, allow_nan=False) + "\n")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `tnlayers kg eval` is told.
+
+    Args:
+        folder: of a trained model.
+        data: other data with the vocabulary of the model; None: those of the folder.
+        split: "train", "valid" or "test".
+        direction: "both", "head" or "tail".
+        filtered: False counts other known answers as mistakes.
+        batch_size: queries scored together.
+        device: where the model runs.
+
+    Example:
+        >>> EvalConfig("runs/umls").split
+        'test'
+    """
+
+    folder: str | Path
+    data: str | None = None
+    split: str = "test"
+    direction: str = "both"
+    filtered: bool = True
+    batch_size: int | None = None
+    device: str = "cpu"
+
+
+def run_eval(config: EvalConfig) -> Metrics:
+    """Evaluate a saved model.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a damaged folder, data of another vocabulary, an empty split.
+    """
+    held = load_kg(config.folder, device=config.device)
+    triples = held.triples
+    if config.data is not None:
+        triples = load_triples(config.data, held.triples.inverse)
+        same = triples.entity_to_id == held.triples.entity_to_id, triples.relation_to_id == held.triples.relation_to_id
+        if not all(same):
+            raise ValueError(
+                f"kg eval: {config.data} must have the entities and relations of the model, expected "
+                f"{held.triples.num_entities} and {len(held.triples.relation_to_id)}, got {triples.num_entities} and "
+                f"{len(triples.relation_to_id)} or others; leave the data out to take those of the folder"
+            )
+    return evaluate(
+        held.model,
+        triples,
+        config.split,
+        direction=config.direction,
+        filtered=config.filtered,
+        batch_size=config.batch_size,
+    )
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What `tnlayers kg predict` is told.
+
+    Args:
+        folder: of a trained model.
+        head: name, or None to ask for heads.
+        relation: name, or None to ask for relations.
+        tail: name, or None to ask for tails.
+        count: answers listed.
+        filtered: leave known answers out; False marks them.
+        device: where the model runs.
+
+    Example:
+        >>> PredictConfig("runs/umls", head="virus", relation="causes").count
+        10
+    """
+
+    folder: str | Path
+    head: str | None = None
+    relation: str | None = None
+    tail: str | None = None
+    count: int = 10
+    filtered: bool = False
+    device: str = "cpu"
+
+
+def run_predict(config: PredictConfig) -> Prediction:
+    """Ask a saved model; see `predict`."""
+    held = load_kg(config.folder, device=config.device)
+    return predict(
+        held.model,
+        held.triples,
+        head=config.head,
+        relation=config.relation,
+        tail=config.tail,
+        count=config.count,
+        filtered=config.filtered,
+    )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `tnlayers kg export` is told.
+
+    Args:
+        folder: of a trained model.
+        out: folder to write.
+        form: "npy", "parquet" or "w2v".
+        what: "entities", "relations" or "both".
+        overwrite: replace files that are there.
+
+    Example:
+        >>> ExportConfig("runs/umls", "tables").form
+        'npy'
+    """
+
+    folder: str | Path
+    out: str | Path
+    form: str = "npy"
+    what: str = "both"
+    overwrite: bool = False
+
+
+def run_export(config: ExportConfig) -> list[Path]:
+    """Write the tables of a saved model; see `export_embeddings`."""
+    held = load_kg(config.folder)
+    return export_embeddings(
+        held.model, held.triples, config.out, form=config.form, what=config.what, overwrite=config.overwrite
+    )
