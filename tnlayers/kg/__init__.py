@@ -1,12 +1,12 @@
 """Knowledge graphs: triples, models that score them, training and exact evaluation."""
 
 from tnlayers.kg.answers import Answers as Answers
+from tnlayers.kg.chunks import Batch as Batch
 from tnlayers.kg.describe import Description as Description
 from tnlayers.kg.foreign import PyKEENModel as PyKEENModel
 from tnlayers.kg.foreign import as_model as as_model
 from tnlayers.kg.history import Epoch as Epoch
 from tnlayers.kg.history import History as History
-from tnlayers.kg.losses import Batch as Batch
 from tnlayers.kg.losses import Loss as Loss
 from tnlayers.kg.losses import NegativeSampling as NegativeSampling
 from tnlayers.kg.losses import OneToN as OneToN
@@ -18,8 +18,11 @@ from tnlayers.kg.meim import MEIM as MEIM
 from tnlayers.kg.metrics import Metrics as Metrics
 from tnlayers.kg.metrics import Ranks as Ranks
 from tnlayers.kg.model import KGModel as KGModel
+from tnlayers.kg.optimizers import make_optimizer as make_optimizer
 from tnlayers.kg.ranking import evaluate as evaluate
 from tnlayers.kg.ranking import rank as rank
+from tnlayers.kg.recipes import RECIPES as RECIPES
+from tnlayers.kg.recipes import Recipe as Recipe
 from tnlayers.kg.relation_maps import RelationMaps as RelationMaps
 from tnlayers.kg.score_tensor import ScoreTensor as ScoreTensor
 from tnlayers.kg.special import CP as CP

@@ -19,8 +19,9 @@ from torch.optim.optimizer import Optimizer
 from tnlayers.kg.answers import Answers
 from tnlayers.kg.batches import Batches, Sampling, derived
 from tnlayers.kg.checkpoints import Checkpoint, Progress, generators, set_generators
+from tnlayers.kg.chunks import MEMORY, Batch
 from tnlayers.kg.history import Epoch, EpochLog, History, from_plain, measured, to_plain
-from tnlayers.kg.losses import MEMORY, Batch, Loss, NegativeSampling, OneToN, Softmax
+from tnlayers.kg.losses import Loss, NegativeSampling, OneToN, Softmax
 from tnlayers.kg.model import KGModel
 from tnlayers.kg.optimizers import Asked, make_optimizer
 from tnlayers.kg.ranking import evaluate
