@@ -255,7 +255,7 @@ def scripted(monkeypatch, values):
         ([0.5, 0.3, 0.2, 0.4, 0.4], 4, 1, 5, "patience"),
     ],
 )
-def test_early_stopping_keeps_the_best_weights(mrr, patience, best, count, stopped, monkeypatch):
+def test_early_stopping_keeps_the_best_weights(mrr, patience, best, count, stopped, monkeypatch, unchecked):
     seen = scripted(monkeypatch, mrr)
     model = Bilinear(graph(), norm=True, dropout=0.1)
     history = train(model, graph(), epochs=10, batch_size=16, lr=0.05, every=2, patience=patience, seed=0)
@@ -266,7 +266,7 @@ def test_early_stopping_keeps_the_best_weights(mrr, patience, best, count, stopp
     assert equal(bits(model), seen[best - 1])
 
 
-def test_patience_alone_validates_every_ten_epochs_and_at_the_end(monkeypatch):
+def test_patience_alone_validates_every_ten_epochs_and_at_the_end(monkeypatch, unchecked):
     scripted(monkeypatch, [0.1, 0.2, 0.3])
     assert list(train(Bilinear(graph()), graph(), epochs=25, patience=2).mrr) == [10, 20, 25]
 
@@ -380,7 +380,7 @@ def test_refusals(options, message):
     assert equal(bits(model), before)
 
 
-def test_refused_types():
+def test_refused_types(unchecked):
     with pytest.raises(TypeError, match="expected a KGModel, got Linear"):
         train(torch.nn.Linear(2, 2), graph(), epochs=1)
     with pytest.raises(TypeError, match="optimizer must be a name, an optimizer or a callable, got int"):

@@ -104,7 +104,7 @@ def one_to_n_loss(
     rows: Int[Tensor, A],
     tails: Int[Tensor, A],
     *,
-    smoothing: float = 0.0,
+    smoothing: int | float = 0.0,
     formula: str = "uniform",
 ) -> Float[Tensor, ""]:
     """Mean binary cross-entropy over all queries and entities, from the positions of the ones.
@@ -145,7 +145,7 @@ def softmax_loss(
     rows: Int[Tensor, A],
     tails: Int[Tensor, A],
     *,
-    smoothing: float = 0.0,
+    smoothing: int | float = 0.0,
     by: str = "query",
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the softmax over all entities, for queries with any number of answers.
@@ -184,8 +184,8 @@ def negative_loss(
     negative: Float[Tensor, "B k"],
     kept: Bool[Tensor, "B k"] | None = None,
     *,
-    temperature: float = 0.0,
-    weight: float = 1.0,
+    temperature: int | float = 0.0,
+    weight: int | float = 1.0,
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy of triples against sampled ones.
 
@@ -261,7 +261,7 @@ class OneToN(Loss):
         OneToN(smoothing=0.1, formula='uniform')
     """
 
-    smoothing: float = 0.0
+    smoothing: int | float = 0.0
     formula: str = "uniform"
 
     def __post_init__(self) -> None:
@@ -301,7 +301,7 @@ class Softmax(Loss):
         Softmax(smoothing=0.0, by='answer')
     """
 
-    smoothing: float = 0.0
+    smoothing: int | float = 0.0
     by: str = "query"
 
     def __post_init__(self) -> None:
@@ -378,7 +378,7 @@ class NegativeSampling(Loss):
 
     count: int = 50
     filtered: bool = True
-    temperature: float = 0.0
+    temperature: int | float = 0.0
     weight: int | float | None = 1.0
     sampled = True
 
