@@ -5,7 +5,7 @@ from torch import nn
 
 import tnlayers
 from decompositions import LowRank
-from tnlayers.kg import KGModel, Triples
+from tnlayers.kg import Answers, KGModel, Triples
 
 
 def graph(entities=23, relations=3, count=120, *, seed=0, inverse=True, valid=12, test=12) -> Triples:
@@ -59,3 +59,16 @@ class Mapped(Bilinear):
 
     def query(self, heads, relations):
         return self.map(super().query(heads, relations))
+
+
+def answers_of(triples):
+    """Of training, in both directions where the graph has inverse relations."""
+    return Answers.of(triples.directed("train"), triples.num_entities, triples.num_relations)
+
+
+def bits(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

@@ -11,15 +11,18 @@ from torch.autograd import gradcheck
 from tnlayers.kg import (
     Answers,
     Batch,
+    KGModel,
     Loss,
     NegativeSampling,
     OneToN,
     Softmax,
+    chunks,
     negative_loss,
     one_to_n_loss,
     softmax_loss,
 )
-from tnlayers.kg.losses import BLOCK, MEMORY
+from tnlayers.kg.chunks import MEMORY
+from tnlayers.kg.losses import BLOCK
 
 F64 = torch.float64
 
@@ -246,6 +249,61 @@ def test_bf16_scores_float32_loss():
             for p, slope in zip(other.parameters(), slopes, strict=True):
                 assert p.grad.dtype == torch.float32
                 assert (p.grad - slope).norm() < 0.05 * slope.norm()
+
+
+class Tables(KGModel):
+    """Heads and tails in one plain table, or in two; dropout on the entities."""
+
+    def __init__(self, triples, shared=True, dropout=0.0):
+        super().__init__(triples.num_entities, triples.num_relations, inverse=True)
+        self.tails, self.relations = torch.nn.Embedding(23, 4), torch.nn.Embedding(6, 4)
+        self.heads = self.tails if shared else torch.nn.Embedding(23, 4)
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def query(self, heads, relations):
+        return self.heads(heads) * self.relations(relations)
+
+    def against(self, query, entities=None):
+        return query @ self.dropout(self.tails.weight[slice(None) if entities is None else entities]).mT
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("loss", [OneToN(0.1), Softmax(0.1)], ids=repr)
+@pytest.mark.parametrize("memory", [MEMORY, 1000])
+def test_rows_that_were_looked_up_are_added_to_the_dense_gradient(shared, loss, memory, monkeypatch):
+    triples = graph()
+    model, batch = Tables(triples, shared), batch_of(triples, count=40)
+    monkeypatch.setattr(chunks, "LARGE", 1 << 20)
+    value, gradients = descended(loss, model, batch, memory)
+    monkeypatch.setattr(chunks, "LARGE", 1)
+    kinds = []
+    model.heads.weight.register_hook(lambda grad: kinds.append(grad.is_sparse))
+    found = loss.backward(model, batch, memory=memory)
+    assert True in kinds  # or the test sees nothing
+    assert torch.equal(found, value)
+    for p, slope in zip(model.parameters(), gradients, strict=True):
+        assert not p.grad.is_sparse
+        torch.testing.assert_close(p.grad, slope, rtol=1e-5, atol=1e-8)
+    assert not any(part.sparse for part in model.modules() if isinstance(part, torch.nn.Embedding))
+
+
+def test_both_passes_of_a_softmax_in_chunks_draw_the_same_dropout():
+    """Otherwise probabilities would not add up to 1: the gradient of the logits sums to 0 in every row."""
+    triples = graph()
+    model, batch = Tables(triples, dropout=0.5), batch_of(triples)
+    seen = []
+
+    class Watched(Tables):
+        def against(self, query, entities=None):
+            scores = super().against(query, entities)
+            if scores.requires_grad:
+                scores.register_hook(lambda grad: seen.append(grad.sum(1)))
+            return scores
+
+    model.__class__ = Watched
+    Softmax().backward(model, batch, memory=1000)
+    assert len(seen) > 1
+    assert torch.stack(seen).sum(0).abs().max() < 1e-7
 
 
 # --- refusals ---

@@ -1,6 +1,7 @@
 """Knowledge graphs: triples, models that score them, training and exact evaluation."""
 
 from tnlayers.kg.answers import Answers as Answers
+from tnlayers.kg.chunks import Batch as Batch
 from tnlayers.kg.describe import Description as Description
 from tnlayers.kg.embedding_tables import Embeddings as Embeddings
 from tnlayers.kg.embedding_tables import embeddings as embeddings
@@ -12,7 +13,6 @@ from tnlayers.kg.foreign import PyKEENModel as PyKEENModel
 from tnlayers.kg.foreign import as_model as as_model
 from tnlayers.kg.history import Epoch as Epoch
 from tnlayers.kg.history import History as History
-from tnlayers.kg.losses import Batch as Batch
 from tnlayers.kg.losses import Loss as Loss
 from tnlayers.kg.losses import NegativeSampling as NegativeSampling
 from tnlayers.kg.losses import OneToN as OneToN
@@ -27,6 +27,7 @@ from tnlayers.kg.mixed import LPITF as LPITF
 from tnlayers.kg.mixed import MIGTF as MIGTF
 from tnlayers.kg.mixed import StoredScores as StoredScores
 from tnlayers.kg.model import KGModel as KGModel
+from tnlayers.kg.optimizers import make_optimizer as make_optimizer
 from tnlayers.kg.prediction import Prediction as Prediction
 from tnlayers.kg.prediction import predict as predict
 from tnlayers.kg.pykeen import er_model as er_model
@@ -38,6 +39,8 @@ from tnlayers.kg.r_tucker import RTuckER as RTuckER
 from tnlayers.kg.r_tucker import r_tucker_optimizer as r_tucker_optimizer
 from tnlayers.kg.ranking import evaluate as evaluate
 from tnlayers.kg.ranking import rank as rank
+from tnlayers.kg.recipes import RECIPES as RECIPES
+from tnlayers.kg.recipes import Recipe as Recipe
 from tnlayers.kg.relation_maps import RelationMaps as RelationMaps
 from tnlayers.kg.rotations import AttE as AttE
 from tnlayers.kg.rotations import AttH as AttH

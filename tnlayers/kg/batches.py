@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnlayers.kg.answers import Answers
-from tnlayers.kg.losses import Batch
+from tnlayers.kg.chunks import Batch
 
 
 def derived(seed: int, *what: object) -> int:

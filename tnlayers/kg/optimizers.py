@@ -30,7 +30,9 @@ SETTLE = 0.6
 Asked = str | Optimizer | Callable[..., Optimizer] | None
 
 
-def make_optimizer(model: nn.Module, asked: Asked, *, lr: float, weight_decay: float, steps: int) -> Optimizer:
+def make_optimizer(
+    model: nn.Module, asked: Asked, *, lr: int | float, weight_decay: int | float, steps: int
+) -> Optimizer:
     """The optimizer of a training run.
 
     Args:
