@@ -125,23 +125,22 @@ class RTuckER(ScoreTensor):
         self.set_network(net._unchecked([core, relations, heads, tails], net.legs, net.rows, net.cols))
 
     def to_tucker(self) -> TuckER:
-        """The same scores as a TuckER without batch norm, bias and dropout, at the ranks found."""
+        """The same scores as a TuckER without batch norm, bias and dropout, at the ranks found.
+
+        TuckER's tables have one width; where heads and tails have different ranks, the narrower is padded by zeros.
+        """
         core, relations, heads, tails = (core.detach() for core in compact(self).cores)
+        r, width = core.shape[0], max(core.shape[1:])
         kind: dict[str, Any] = {"dtype": core.dtype, "device": core.device}
         plain: dict[str, Any] = {"batch_norm": False, "dropouts": (0.0, 0.0, 0.0)}
-        if core.shape[1] != core.shape[2]:
-            raise ValueError(
-                f"RTuckER.to_tucker: TuckER has tables of one width, expected equal ranks of heads and tails, got "
-                f"{tuple(core.shape)}"
-            )
         with unchanged_rng(core.device):
-            made = TuckER(self, core.shape[1], core.shape[0], shared=self.shared, **plain, **kind)
+            made = TuckER(self, width, r, shared=self.shared, **plain, **kind)
+        values = [(made.maps.cores[0], core), (made.maps.cores[1], relations), (made.entities.weight, tails)]
+        if made.heads is not None:
+            values.append((made.heads.weight, heads))
         with torch.no_grad():
-            for mine, value in zip(made.maps.cores, (core, relations), strict=True):
-                mine.copy_(value)
-            made.entities.weight.copy_(tails)
-            if made.heads is not None:
-                made.heads.weight.copy_(heads)
+            for mine, value in values:
+                mine.zero_()[tuple(slice(0, n) for n in value.shape)] = value
         return made
 
 
