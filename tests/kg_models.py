@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from tnlayers.kg import KGModel, Triples
+import tnlayers
+from decompositions import LowRank
+from tnlayers.kg import Answers, KGModel, Triples
 
 
 def graph(entities=23, relations=3, count=120, *, seed=0, inverse=True, valid=12, test=12) -> Triples:
@@ -44,3 +46,29 @@ class Bilinear(KGModel):
 
     def against(self, query, entities=None):
         return query @ (self.entities if entities is None else self.entities[entities]).mT
+
+
+class Mapped(Bilinear):
+    """The same with a network on the query, for optimizers of networks."""
+
+    def __init__(self, triples, dim=6, *, dtype=torch.float32, seed=0, **options):
+        super().__init__(triples, dim, dtype=dtype, seed=seed, **options)
+        drawn = tnlayers.random_network(LowRank, rank=2, generator=torch.Generator().manual_seed(seed))
+        self.map = tnlayers.Linear(dim, dim, network=drawn, dtype=dtype)
+        self.map.bias.data.zero_()
+
+    def query(self, heads, relations):
+        return self.map(super().query(heads, relations))
+
+
+def answers_of(triples):
+    """Of training, in both directions where the graph has inverse relations."""
+    return Answers.of(triples.directed("train"), triples.num_entities, triples.num_relations)
+
+
+def bits(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

@@ -218,6 +218,20 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(seen, tmp_path, trained):
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
 
 
+def test_recipes_by_name(seen, tmp_path):
+    for name in ("tucker-umls", "rot-h-wn18rr"):
+        changed = {"entity_dim": 4}
+        result = run(config(seen, tmp_path / name, recipe=name, options=changed, training={"epochs": 1}))
+        recipe = kg.recipes.RECIPES[name]
+        settings = json.loads((tmp_path / name / "settings.json").read_text())
+        assert settings["model"] == recipe.model == kg.load_kg(tmp_path / name).name
+        assert settings["training"]["lr"] == recipe.training["lr"]
+        assert settings["training"]["epochs"] == len(result.history.epochs) == 1
+        assert kg.load_kg(tmp_path / name).options["entity_dim"] == 4
+    with pytest.raises(ValueError, match=r"no recipe is called 'tucker', expected one of .*tucker-umls"):
+        config(seen, tmp_path / "x", recipe="tucker")
+
+
 def test_job_refusals(data, seen, trained, tmp_path):
     with pytest.raises(ValueError, match="no training option 'epoch', expected one of epochs"):
         config(seen, tmp_path / "x", training={"epoch": 3})

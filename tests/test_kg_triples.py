@@ -241,8 +241,13 @@ def test_triples_made_by_hand_are_checked():
         Triples(one, none, one + 1, names, {"r": 0})
     with pytest.raises(ValueError, match="must number its 2 names 0, 1"):
         Triples(one, none, none, {"a": 0, "b": 2}, {"r": 0})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_triples_made_by_hand_are_integers():
+    one, none = torch.tensor([[0, 0, 1]]), torch.zeros(0, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="valid must be int64"):
-        Triples(one, one.float(), none, names, {"r": 0})  # type: ignore[arg-type]
+        Triples(one, one.float(), none, {"a": 0, "b": 1}, {"r": 0})
 
 
 def test_cardinalities_against_a_slow_count(rng):

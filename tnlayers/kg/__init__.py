@@ -1,6 +1,7 @@
 """Knowledge graphs: triples, models that score them, training and exact evaluation."""
 
 from tnlayers.kg.answers import Answers as Answers
+from tnlayers.kg.chunks import Batch as Batch
 from tnlayers.kg.describe import Description as Description
 from tnlayers.kg.embedding_tables import Embeddings as Embeddings
 from tnlayers.kg.embedding_tables import embeddings as embeddings
@@ -27,6 +28,7 @@ from tnlayers.kg.mixed import LPITF as LPITF
 from tnlayers.kg.mixed import MIGTF as MIGTF
 from tnlayers.kg.mixed import StoredScores as StoredScores
 from tnlayers.kg.model import KGModel as KGModel
+from tnlayers.kg.optimizers import make_optimizer as make_optimizer
 from tnlayers.kg.prediction import Prediction as Prediction
 from tnlayers.kg.prediction import predict as predict
 from tnlayers.kg.pykeen import er_model as er_model
@@ -36,6 +38,8 @@ from tnlayers.kg.pykeen import pipeline_optimizer as pipeline_optimizer
 from tnlayers.kg.pykeen import representation as representation
 from tnlayers.kg.ranking import evaluate as evaluate
 from tnlayers.kg.ranking import rank as rank
+from tnlayers.kg.recipes import RECIPES as RECIPES
+from tnlayers.kg.recipes import Recipe as Recipe
 from tnlayers.kg.relation_maps import RelationMaps as RelationMaps
 from tnlayers.kg.rotations import AttE as AttE
 from tnlayers.kg.rotations import AttH as AttH

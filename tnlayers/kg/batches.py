@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnlayers.kg.answers import Answers
-from tnlayers.kg.losses import Batch
+from tnlayers.kg.chunks import Batch
 
 
 def derived(seed: int, *what: object) -> int:
@@ -35,25 +35,25 @@ class Sampling:
 class Batches:
     """Batches of all queries (h, r) of a graph with their answers; or of its triples with negatives.
 
-    An epoch is a permutation cut into slices of `batch_size`; inside a slice queries are sorted by relation, then head.
-    The last slice joins the one before it where it has fewer than `least` rows (batch norm needs two rows a worker).
-    Each worker takes its consecutive part of every slice. Cost of an epoch: a sort of each slice, and one gather.
+    An epoch is a permutation cut into as few slices as `batch_size` allows, whose sizes differ by one at most: none is
+    so small that batch norm fails on it. Inside a slice queries are sorted by relation, then head. Each worker takes
+    its consecutive part of every slice. Cost of an epoch: a sort of each slice, and one gather.
 
     Args:
         answers: of training, on the device where batches are wanted.
-        batch_size: queries (or triples) a step, of all workers together.
+        batch_size: most queries (or triples) a step, of all workers together.
         sampling: negatives; None: queries with all their answers.
         worker: number of this worker.
         workers: how many there are.
 
     Raises:
-        ValueError: fewer rows than workers need.
+        ValueError: batches too small for the workers.
 
     Example:
         >>> answers = Answers.of(torch.tensor([[0, 0, 1], [0, 0, 2], [1, 0, 2], [2, 0, 0]]), 3, 1)
         >>> batches = Batches(answers, 2)
         >>> batches.rows, len(batches), [len(batch.heads) for batch in batches.epoch(seed=0)]
-        (3, 1, [3])
+        (3, 2, [2, 1])
     """
 
     def __init__(
@@ -67,12 +67,14 @@ class Batches:
     ) -> None:
         self.answers, self.sampling, self.worker, self.workers = answers, sampling, worker, workers
         self.rows = len(answers) if sampling is None else len(answers.tails)
-        least = 2 * workers
-        if self.rows < least and workers > 1:
-            raise ValueError(f"train: {workers} workers need at least {least} queries, got {self.rows}; use fewer")
-        bounds = [*range(0, self.rows, batch_size), self.rows]
-        if len(bounds) > 2 and bounds[-1] - bounds[-2] < least:
-            del bounds[-2]
+        slices = max(1, -(-self.rows // batch_size))
+        each, more = divmod(self.rows, slices)
+        if workers > 1 and each < 2 * workers:
+            raise ValueError(
+                f"train: each of {workers} workers needs two rows of a batch, expected batches of {2 * workers}, got "
+                f"{each}; raise batch_size, or use fewer workers"
+            )
+        bounds = [k * each + min(k, more) for k in range(slices + 1)]
         self.bounds = bounds
         self.generator = torch.Generator()
         counts = answers.offsets.diff()
@@ -95,9 +97,12 @@ class Batches:
         order = torch.randperm(self.rows, generator=self.generator)
         if state is not None:
             self.generator.set_state(state)
-        # all slices but maybe the last are of one size, and are sorted together
-        even = self.bounds[-1] if len(self) * self.bounds[1] == self.rows else self.bounds[-2]
-        pieces = [order[:even].reshape(-1, self.bounds[1]).sort(1).values.reshape(-1), order[even:].sort().values]
+        wide = len(order) % len(self) * self.bounds[1] if self.rows else 0  # rows in slices that have one more
+        pieces = [
+            part.reshape(-1, width).sort(1).values.reshape(-1)
+            for part, width in ((order[:wide], self.bounds[1]), (order[wide:], self.rows // len(self)))
+            if len(part)
+        ]
         order = torch.cat(pieces).to(self.answers.tails.device)
         return self._queries(order, skip) if self.sampling is None else self._triples(order, skip)
 

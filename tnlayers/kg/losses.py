@@ -6,8 +6,8 @@ are what `train` calls: they score a batch, in chunks where memory is short, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tnlayers.kg.checkpoints import generators, set_generators
+from tnlayers.kg.chunks import MEMORY, Asked, Batch, Context
 from tnlayers.kg.model import KGModel
 
 FORMULAS = ("uniform", "published", "others")
 BLOCK = {"cpu": 1 << 18}
 """Logits whose loss and gradient are made together: on a CPU they stay in cache."""
 ELSEWHERE = 1 << 25
-MEMORY = 1 << 29
-"""Bytes that the logits of a batch and their gradients may take before the entity axis is cut."""
-
-Context = Callable[[], AbstractContextManager[Any]]
-Kernel = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""(logits, rows, tails, entities in all) -> the sum that is the loss, and its gradient."""
 
 
 # --- logits known: value and gradient in one pass ---
@@ -109,7 +104,7 @@ def one_to_n_loss(
     rows: Int[Tensor, A],
     tails: Int[Tensor, A],
     *,
-    smoothing: float = 0.0,
+    smoothing: int | float = 0.0,
     formula: str = "uniform",
 ) -> Float[Tensor, ""]:
     """Mean binary cross-entropy over all queries and entities, from the positions of the ones.
@@ -150,7 +145,7 @@ def softmax_loss(
     rows: Int[Tensor, A],
     tails: Int[Tensor, A],
     *,
-    smoothing: float = 0.0,
+    smoothing: int | float = 0.0,
     by: str = "query",
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the softmax over all entities, for queries with any number of answers.
@@ -189,8 +184,8 @@ def negative_loss(
     negative: Float[Tensor, "B k"],
     kept: Bool[Tensor, "B k"] | None = None,
     *,
-    temperature: float = 0.0,
-    weight: float = 1.0,
+    temperature: int | float = 0.0,
+    weight: int | float = 1.0,
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy of triples against sampled ones.
 
@@ -224,31 +219,6 @@ def negative_loss(
 
 
 # --- a batch of a model ---
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Queries and their answers, or triples and their negatives: a worker's part of what one step learns from.
-
-    Args:
-        heads: (B,) of the queries, sorted by relation.
-        relations: (B,).
-        rows: (A,) the query of each answer; of sampled losses 0 to B - 1.
-        tails: (A,) answers.
-        size: queries of all workers.
-        answers: answers of all workers.
-        negatives: (B, k) entities, of sampled losses.
-        kept: (B, k) which of them are no known answers; None: all.
-    """
-
-    heads: Int[Tensor, B]
-    relations: Int[Tensor, B]
-    rows: Int[Tensor, A]
-    tails: Int[Tensor, A]
-    size: int
-    answers: int
-    negatives: Int[Tensor, "B k"] | None = None
-    kept: Bool[Tensor, "B k"] | None = None
 
 
 class Loss:
@@ -291,7 +261,7 @@ class OneToN(Loss):
         OneToN(smoothing=0.1, formula='uniform')
     """
 
-    smoothing: float = 0.0
+    smoothing: int | float = 0.0
     formula: str = "uniform"
 
     def __post_init__(self) -> None:
@@ -310,12 +280,9 @@ class OneToN(Loss):
         self, model: KGModel, batch: Batch, context: Context = nullcontext, memory: int = MEMORY
     ) -> Float[Tensor, ""]:
         """See `Loss.backward`: chunks add up, and nothing is computed twice."""
-        with context():
-            query = model.query(batch.heads, batch.relations)
         size, entities = batch.size, model.num_entities
-        return _descend(
-            model, query, batch, context, memory, lambda logits, r, t: self._kernel(logits, r, t, entities, size)
-        )
+        asked = Asked(model, batch, context, memory)
+        return asked.descend(lambda logits, r, t: self._kernel(logits, r, t, entities, size))
 
 
 @dataclass(frozen=True)
@@ -334,7 +301,7 @@ class Softmax(Loss):
         Softmax(smoothing=0.0, by='answer')
     """
 
-    smoothing: float = 0.0
+    smoothing: int | float = 0.0
     by: str = "query"
 
     def __post_init__(self) -> None:
@@ -353,26 +320,25 @@ class Softmax(Loss):
         self, model: KGModel, batch: Batch, context: Context = nullcontext, memory: int = MEMORY
     ) -> Float[Tensor, ""]:
         """See `Loss.backward`. In chunks the logits are computed twice: once for the logsumexp."""
-        with context():
-            query = model.query(batch.heads, batch.relations)
-        parts = _chunks(model, len(batch.heads), query, memory)
-        if len(parts) == 1:
-            with context():
-                logits = model.against(query)
-            plan = self._plan(_lse(logits.detach()), batch, model.num_entities)
-            value, gradient = plan.kernel(logits.detach(), batch.rows, batch.tails)
-            logits.backward(gradient)
-            return value + plan.constant
+        asked = Asked(model, batch, context, memory)
+        if len(asked.parts) == 1:
+
+            def kernel(logits: Tensor, rows: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
+                plan = self._plan(_lse(logits), batch, model.num_entities)
+                value, gradient = plan.kernel(logits, rows, tails)
+                return plan.constant + value, gradient
+
+            return asked.descend(kernel)
+        random = generators(model)  # dropout on the entities draws the same both times
         lse = None
         with torch.no_grad():
-            for part in parts:
-                with context():
-                    logits = model.against(query, part)
-                found = _lse(logits)
+            for part in asked.parts:
+                found = _lse(asked.scores(part))
                 lse = found if lse is None else torch.logaddexp(lse, found)
+        set_generators(random)
         assert lse is not None
         plan = self._plan(lse, batch, model.num_entities)
-        return _descend(model, query, batch, context, memory, plan.kernel) + plan.constant
+        return plan.constant + asked.descend(plan.kernel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,7 +378,7 @@ class NegativeSampling(Loss):
 
     count: int = 50
     filtered: bool = True
-    temperature: float = 0.0
+    temperature: int | float = 0.0
     weight: int | float | None = 1.0
     sampled = True
 
@@ -442,52 +408,3 @@ class NegativeSampling(Loss):
 def _check_smoothing(name: str, smoothing: float) -> None:
     if not 0 <= smoothing < 1:
         raise ValueError(f"{name}: smoothing must lie in [0, 1), got {smoothing}")
-
-
-# --- the entity axis in chunks ---
-
-
-def _chunks(model: KGModel, count: int, query: Any, memory: int) -> list[slice]:
-    """Entities that are scored together: all, or as many as the bytes allow."""
-    sizes = [leaf.element_size() for leaf in tree_flatten(query)[0] if isinstance(leaf, Tensor)]
-    row = 2 * max(1, count) * max([4, *sizes])  # logits and their gradient
-    parts = max(1, -(-model.num_entities * row // max(row, memory)))
-    step = -(-model.num_entities // parts)
-    return [slice(at, min(at + step, model.num_entities)) for at in range(0, model.num_entities, step)]
-
-
-def _descend(
-    model: KGModel,
-    query: Any,
-    batch: Batch,
-    context: Context,
-    memory: int,
-    kernel: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> Tensor:
-    """Sum of a kernel over chunks; each chunk's gradient is taken at once, so that one chunk of logits is alive."""
-    parts = _chunks(model, len(batch.heads), query, memory)
-    if len(parts) == 1:
-        with context():
-            logits = model.against(query)
-        value, gradient = kernel(logits.detach(), batch.rows, batch.tails)
-        logits.backward(gradient)
-        return value
-    leaves, tree = tree_flatten(query)
-    cut = [leaf.detach().requires_grad_() if _moves(leaf) else leaf for leaf in leaves]
-    query = tree_unflatten(cut, tree)
-    total = torch.zeros((), dtype=torch.float64, device=batch.heads.device)
-    for part in parts:
-        with context():
-            logits = model.against(query, part)
-        inside = (batch.tails >= part.start) & (batch.tails < part.stop)
-        value, gradient = kernel(logits.detach(), batch.rows[inside], batch.tails[inside] - part.start)
-        logits.backward(gradient)
-        total += value
-    pairs = [(old, new.grad) for old, new in zip(leaves, cut, strict=True) if _moves(old) and new.grad is not None]
-    if pairs:
-        torch.autograd.backward([old for old, _ in pairs], [grad for _, grad in pairs])
-    return total
-
-
-def _moves(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad

@@ -30,7 +30,9 @@ SETTLE = 0.6
 Asked = str | Optimizer | Callable[..., Optimizer] | None
 
 
-def make_optimizer(model: nn.Module, asked: Asked, *, lr: float, weight_decay: float, steps: int) -> Optimizer:
+def make_optimizer(
+    model: nn.Module, asked: Asked, *, lr: int | float, weight_decay: int | float, steps: int
+) -> Optimizer:
     """The optimizer of a training run.
 
     Args:
@@ -53,7 +55,8 @@ def make_optimizer(model: nn.Module, asked: Asked, *, lr: float, weight_decay: f
     own = [p for p in model.parameters() if p.requires_grad]
     if not own:
         raise ValueError("train: the model must have parameters that require gradients, got none; unfreeze some")
-    fused = {"fused": True} if all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in own) else {}
+    plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in own)
+    fused: dict[str, Any] = {"fused": True} if plain else {}
     if asked is None:
         asked = "AdamW"
     if isinstance(asked, str):

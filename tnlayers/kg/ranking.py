@@ -53,7 +53,7 @@ def evaluate(
     optimistic rank 1 + #(s > s*), pessimistic 1 + #(s >= s*), realistic their mean; see `Metrics`.
 
     With `exact` the model scores in float64 (in a copy), and two scores are tied when they agree after rounding to
-    24 bits (to 32 for a model in float64). What the shape of a product and the place in it change is 2^-53 of its
+    24 bits (to 32 for a float64 model). What the shape of a product and the place in it change is 2^-53 of its
     terms, so neither batch_size, entity_chunk nor the order of the entities moves a rank, and equal entities are tied,
     unless a score is that near to the middle between two rounded numbers (1 in some 10^8).
     Otherwise scores are compared as the model's own arithmetic gives them, and near ties may fall either way.

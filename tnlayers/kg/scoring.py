@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tnlayers.kg.model import Entities, KGModel
 
+WIDE = (torch.float64, torch.complex128)
 SPLIT = float((1 << 21) + 1)
 """Veltkamp's constant that leaves 53 - 21 = 32 bits of a float64."""
 
@@ -18,11 +19,11 @@ SPLIT = float((1 << 21) + 1)
 class Scorer:
     """A model while it is evaluated: dropout and batch norm at rest, and, if exact, a float64 copy.
 
-    A context: on leaving it the model trains on as before (the copy never touches it).
+    A context: on leaving it every module is in the mode it was in. A model in float64 is not copied.
 
     Args:
         model: of ours.
-        exact: score in float64 and round; otherwise scores are the model's own.
+        exact: score in float64 and round; otherwise scores are those of the model's own arithmetic.
 
     Raises:
         ValueError: the model cannot be copied or computed in float64.
@@ -40,11 +41,11 @@ class Scorer:
         numbers = [*model.parameters(), *model.buffers()]
         floating = [part for part in numbers if part.is_floating_point() or part.is_complex()]
         self.device = numbers[0].device if numbers else torch.device("cpu")
-        self.fine = any(part.dtype in (torch.float64, torch.complex128) for part in floating)
+        self.fine = any(part.dtype in WIDE for part in floating)
         self.dtype = torch.float64 if self.fine else torch.float32
         self.itemsize = 8 if self.fine else 4
         self.exact, self.model = exact, model
-        if exact:
+        if exact and any(part.dtype not in WIDE for part in floating):
             try:
                 self.model = copy.deepcopy(model)._apply(_widened)
             except RuntimeError as error:

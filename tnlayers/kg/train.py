@@ -19,8 +19,9 @@ from torch.optim.optimizer import Optimizer
 from tnlayers.kg.answers import Answers
 from tnlayers.kg.batches import Batches, Sampling, derived
 from tnlayers.kg.checkpoints import Checkpoint, Progress, generators, set_generators
+from tnlayers.kg.chunks import MEMORY, Batch
 from tnlayers.kg.history import Epoch, EpochLog, History, from_plain, measured, to_plain
-from tnlayers.kg.losses import MEMORY, Batch, Loss, NegativeSampling, OneToN, Softmax
+from tnlayers.kg.losses import Loss, NegativeSampling, OneToN, Softmax
 from tnlayers.kg.model import KGModel
 from tnlayers.kg.optimizers import Asked, make_optimizer
 from tnlayers.kg.ranking import evaluate
@@ -48,20 +49,20 @@ def train(
     *,
     epochs: int,
     batch_size: int = 128,
-    lr: float = 1e-3,
+    lr: int | float = 1e-3,
     loss: str | Loss = "1-N",
-    label_smoothing: float = 0.1,
+    label_smoothing: int | float = 0.1,
     smoothing: str = "uniform",
     optimizer: Asked = None,
-    weight_decay: float = 0.0,
-    lr_decay: float = 1.0,
+    weight_decay: int | float = 0.0,
+    lr_decay: int | float = 1.0,
     schedule: Callable[[int, int], float] | None = None,
-    clip: float | None = None,
+    clip: int | float | None = None,
     every: int | None = None,
     patience: int | None = None,
     validation: Mapping[str, Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_seconds: float = 60.0,
+    checkpoint_seconds: int | float = 60.0,
     progress: bool | Report = False,
     log: str | os.PathLike[str] | None = None,
     tensorboard: str | os.PathLike[str] | None = None,
@@ -69,7 +70,7 @@ def train(
     memory: int = MEMORY,
     seed: int | None = None,
     generator: torch.Generator | None = None,
-    max_seconds: float | None = None,
+    max_seconds: int | float | None = None,
 ) -> History:
     """Train a model on the training split, in place.
 
@@ -191,9 +192,9 @@ def _check(
     triples: Triples,
     epochs: int,
     batch_size: int,
-    lr: float,
-    lr_decay: float,
-    clip: float | None,
+    lr: int | float,
+    lr_decay: int | float,
+    clip: int | float | None,
     every: int | None,
     patience: int | None,
     validation: Mapping[str, Any] | None,
@@ -377,7 +378,8 @@ class _Run:
 
         if self._by_closure:
             with torch.enable_grad():
-                return torch.as_tensor(optimizer.step(gradients))
+                closure: Any = gradients
+                return torch.as_tensor(optimizer.step(closure))
         value = gradients()
         optimizer.step()
         return value

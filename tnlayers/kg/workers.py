@@ -17,7 +17,7 @@ from tnlayers.reduction import Reduction, broadcast
 
 
 class Together:
-    """This worker and what it does with the others; alone, nothing.
+    """One worker, and what it does together with the others; alone, nothing.
 
     Every worker starts from the parameters and buffers of worker 0. Networks are prepared by `tnlayers.distributed`, so
     that optimizers of ours decide ranks once; gradients of all parameters are summed here, after the last chunk of a
