@@ -22,6 +22,8 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   tnlayers kg train DATA --model TuckER --set entity_dim=100 --set relation_dim=30 --lr 3e-3 --out runs/tucker
 
+  tnlayers kg train DATA --recipe tucker-wn18rr --epochs 50 --out runs/wn18rr
+
   tnlayers kg train umls --optimizer RankAdaptive --epochs 200 --every 10 --out runs/adaptive
 
   tnlayers kg train DATA --model MIGTF --base runs/tucker --set hyperbolic_dim=20 --out runs/migtf
@@ -65,7 +67,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 def train(
     data: Annotated[str, typer.Argument(help="Folder or file of triples, or the name of a PyKEEN dataset.")],
     out: Annotated[Path, typer.Option(help="Folder for all results.")],
-    model: Annotated[str, typer.Option(help="TuckER, RTuckER, MIGTF, RotH, MEIM, ComplEx, ...")] = "TuckER",
+    model: Annotated[
+        str | None, typer.Option(help="TuckER (default), RTuckER, MIGTF, RotH, MEIM, ComplEx, ...")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Model, options and training of a paper: tucker-wn18rr, ...")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the model; may be repeated.")] = None,
     base: Annotated[str | None, typer.Option(help="Folder of a trained model that MIGTF is made on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training queries; 100 by default.")] = None,
@@ -103,7 +110,7 @@ def train(
         }  # fmt: skip
         training: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
         config = TrainConfig(
-            data, out, model=model, options=parse_options(tuple(option or ())), base=base,
+            data, out, model=model, recipe=recipe, options=parse_options(tuple(option or ())), base=base,
             training=parse_options(tuple(further or ())) | training, inverse=inverse, columns=columns, unseen=unseen,
             seed=seed, device=device, threads=threads, overwrite=overwrite,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import json
 import os
@@ -147,8 +148,8 @@ def _parquet(names: Sequence[str], rows: np.ndarray) -> bytes:
 @functools.cache
 def _pandas() -> Any:
     try:
-        import pandas
-        import pyarrow  # noqa: F401
+        pandas: Any = importlib.import_module("pandas")
+        importlib.import_module("pyarrow")
     except ImportError as error:
         raise ImportError(
             f"export: parquet needs pandas and pyarrow ({error.name} is missing); pip install pandas pyarrow, or take "

@@ -331,7 +331,7 @@ def _degree_bar(figure: Figure, axes: Axes, drawn: Any, degree: np.ndarray) -> N
     bar.ax.set_yticklabels([f"{tick:,}" for tick in ticks])
     bar.ax.tick_params(colors=MUTED, labelsize=8, width=0.6, length=2.5)
     bar.set_label("degree in training", color=MUTED, fontsize=8.5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _name_points(

@@ -6,7 +6,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tnlayers.kg.metrics import Metrics
 from tnlayers.kg.model import KGModel
 from tnlayers.kg.prediction import Prediction, predict
 from tnlayers.kg.ranking import evaluate
+from tnlayers.kg.recipes import RECIPES
 from tnlayers.kg.train import train
 from tnlayers.kg.training_page import training_page
 from tnlayers.kg.triples import Triples, load_triples
@@ -41,7 +42,8 @@ class TrainConfig:
     Args:
         data: folder, file, or name of a PyKEEN dataset.
         out: folder of everything that is written; its parent must exist.
-        model: name of a model of `tnlayers.kg`.
+        model: name of a model of `tnlayers.kg`; None: that of the recipe, or TuckER.
+        recipe: name in `tnlayers.kg.recipes.RECIPES`: its model, options and training, unless they are given here.
         options: of its constructor, plain JSON.
         base: folder of a trained model that the model is made on (MIGTF).
         training: keyword arguments of `train`, plain JSON; where one is missing its default counts.
@@ -63,7 +65,8 @@ class TrainConfig:
 
     data: str
     out: str | Path
-    model: str = "TuckER"
+    model: str | None = None
+    recipe: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -76,19 +79,40 @@ class TrainConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        model_class(self.model)
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise ValueError(f"kg train: no recipe is called {self.recipe!r}, expected one of {', '.join(RECIPES)}")
+        model_class(self.kind)
         known = [name for name in list(inspect.signature(train).parameters)[2:] if name not in OWN]
         for name in self.training:
             if name not in known:
                 raise ValueError(f"kg train: no training option {name!r}, expected one of {', '.join(known)}")
 
+    @property
+    def kind(self) -> str:
+        """Name of the model."""
+        return self.model or ("TuckER" if self.recipe is None else RECIPES[self.recipe].model)
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """Options of the model: those given, over the recipe's where it is for this model."""
+        held = None if self.recipe is None else RECIPES[self.recipe]
+        own = held is not None and model_class(self.kind) is model_class(held.model)
+        return {**(held.options if held is not None and own else {}), **self.options}
+
+    @property
+    def trained_with(self) -> dict[str, Any]:
+        """Arguments of `train`: those given, over the recipe's, over the defaults."""
+        return (
+            DEFAULT_TRAINING | dict({} if self.recipe is None else RECIPES[self.recipe].training) | dict(self.training)
+        )
+
     def settings(self) -> dict[str, Any]:
-        """What the result depends on."""
-        found = asdict(self)
-        for name in ("out", "overwrite", "threads"):
-            del found[name]
-        found["model"] = model_class(self.model).__name__
-        return found | {"training": DEFAULT_TRAINING | dict(self.training), "options": dict(self.options)}
+        """What the result depends on, plain JSON."""
+        names = ("data", "recipe", "base", "inverse", "columns", "unseen", "seed", "device")
+        found = {name: getattr(self, name) for name in names}
+        found |= {"model": model_class(self.kind).__name__, "options": self.made_with, "training": self.trained_with}
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=repr))  # a Loss of a recipe is told by its repr
+        return plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +185,7 @@ def run(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
         history = train(
             model,
             triples,
-            **settings["training"],
+            **config.trained_with,
             seed=config.seed,
             checkpoint=out / CHECKPOINT,
             log=out / LOG,
@@ -182,19 +206,19 @@ def run(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
 
 def _model(config: TrainConfig, triples: Triples) -> tuple[KGModel, dict[str, Any]]:
     """The model at its start, and the options that make it again."""
-    given, kept = dict(config.options), dict(config.options)
+    given, kept = config.made_with, config.made_with
     if config.base is not None:
         held = load_kg(config.base)
-        inner = inner_option(config.model)
+        inner = inner_option(config.kind)
         if inner is None:
-            raise ValueError(f"kg train: {config.model} is not made on another model; leave the base out")
+            raise ValueError(f"kg train: {config.kind} is not made on another model; leave the base out")
         same = held.triples.entity_to_id == triples.entity_to_id, held.triples.relation_to_id == triples.relation_to_id
         if not all(same) or held.triples.inverse != triples.inverse:
             raise ValueError(f"kg train: {config.base} was trained on another graph than {config.data}")
         given[inner], kept[inner] = held.model, {"model": held.name, "options": held.options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return make_model(config.model, triples, given).to(config.device), kept
+        return make_model(config.kind, triples, given).to(config.device), kept
 
 
 def _facts(triples: Triples) -> dict[str, int]:

@@ -174,19 +174,17 @@ def _ids(given: dict[str, str | None], triples: Triples) -> dict[str, int]:
 def _scores(model: KGModel, ids: dict[str, int], asked: str) -> Tensor:
     """Scores of every candidate, in float64 on the CPU."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    head, relation, tail = (
-        torch.tensor([ids[part]], device=device) if part in ids else None for part in ("head", "relation", "tail")
-    )
+    given = {part: torch.tensor([number], device=device) for part, number in ids.items()}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            if head is None:
-                found = model.score_heads(relation, tail)
-            elif relation is None:
-                found = model.score_relations(head, tail)
+            if asked == "head":
+                found = model.score_heads(given["relation"], given["tail"])
+            elif asked == "relation":
+                found = model.score_relations(given["head"], given["tail"])
             else:
-                found = model.score_all(head, relation)
+                found = model.score_all(given["head"], given["relation"])
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -82,11 +83,8 @@ def er_model(model: KGModel, triples_factory: Any, *, fresh: bool = False, **opt
             f"with {inverse}"
         )
     made = interaction(model, fresh=fresh)
-    try:
-        from pykeen.models import ERModel
-    except ImportError as error:
-        raise ImportError(f"er_model: {EXTRA}") from error
-    return ERModel(triples_factory=triples_factory, **made.representations(), **options)
+    models: Any = importlib.import_module("pykeen.models")
+    return models.ERModel(triples_factory=triples_factory, **made.representations(), **options)
 
 
 def pipeline_optimizer(model: KGModel, make: Callable[..., Optimizer]) -> type[Optimizer]:
@@ -129,7 +127,7 @@ def pipeline_optimizer(model: KGModel, make: Callable[..., Optimizer]) -> type[O
         def zero_grad(self, set_to_none: bool = True) -> None:
             self._made.zero_grad(set_to_none)
 
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             return self._made.step() if closure is None else self._made.step(closure)
 
         def state_dict(self) -> dict[str, Any]:
@@ -259,12 +257,12 @@ def _check(who: str, model: Any) -> None:
 def _classes() -> dict[str, Any]:
     """The classes, made when first needed: their bases are PyKEEN's. They are found as attributes of this module."""
     try:
-        from pykeen.nn.modules import Interaction
-        from pykeen.nn.representation import Representation
+        modules: Any = importlib.import_module("pykeen.nn.modules")
+        representations: Any = importlib.import_module("pykeen.nn.representation")
     except ImportError as error:
         raise ImportError(f"interaction: {EXTRA}") from error
 
-    class KGInteraction(Interaction):  # type: ignore[misc]
+    class KGInteraction(modules.Interaction):
         """Scores of a KGModel; its representations are ids (see `interaction`)."""
 
         entity_shape = ("",)
@@ -295,7 +293,7 @@ def _classes() -> dict[str, Any]:
                 "relation_representations": IdRepresentation(held.num_relations, held.inverse),
             }
 
-    class IdRepresentation(Representation):  # type: ignore[misc]
+    class IdRepresentation(representations.Representation):
         """Numbers in place of embeddings; of relations in our order, PyKEEN's being r, r^-1, s, s^-1, ..."""
 
         def __init__(self, max_id: int, interleaved: bool) -> None:
@@ -307,7 +305,7 @@ def _classes() -> dict[str, Any]:
             ids: Any = self.ids if indices is None else indices
             return ids // 2 + ids % 2 * (self.max_id // 2) if self.interleaved else ids
 
-    class TableRepresentation(Representation):  # type: ignore[misc]
+    class TableRepresentation(representations.Representation):
         """Rows of a table of ours (see `representation`)."""
 
         def __init__(self, table: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,10 +116,8 @@ def training_page(
         shown.append(
             _shown("Training", f"{len(history.epochs)} epochs", history_figure({kind: history}, size=(4.6, 3.6)))
         )
-    try:
+    with contextlib.suppress(ValueError):  # a network that holds all scores has no table to draw
         shown.append(_shown("Entities", "coloured by degree", entity_map(model, triples, "", size=(4.6, 3.8))))
-    except ValueError:  # a network that holds all scores has no table to draw
-        pass
     sections: list[tuple[str, str]] = [("", tiles(_tiles(model, history, metrics)))]
     sections.append(("Figures", gallery(shown)))
     for split, found in metrics.items():
