@@ -46,7 +46,7 @@ def _(source: ZarrSource) -> tuple[Tensor, int | float | complex] | None:
         return {key async for key in array.store_path.store.list_prefix(f"{path}/" if path else "")}
 
     keys = sync(listed())
-    counts = [len(edges) - 1 for edges in source._edges]
+    counts = [len(edges) - 1 for edges in source.edges]
     prefix = f"{path}/" if path else ""
     every = torch.cartesian_prod(*(torch.arange(c) for c in counts)).reshape(-1, len(counts)).tolist()
     stored = torch.tensor([prefix + array.metadata.encode_chunk_key(tuple(key)) in keys for key in every])
@@ -83,7 +83,7 @@ class ChunkChoice:
     def __init__(self, name: str, source: Any, fraction: int | float, generator: torch.Generator | None) -> None:
         if not 0 < fraction <= 1:
             raise ValueError(f"{name}: chunk_fraction must be in (0, 1], got {fraction}")
-        edges = getattr(source, "_edges", None)
+        edges = getattr(source, "edges", None)
         if edges is None:
             edges = [[*range(0, n, c), n] for n, c in zip(source.shape, source.chunks, strict=True)]
         self.lengths = [torch.tensor([b - a for a, b in pairwise(map(int, edge))]) for edge in edges]
@@ -93,7 +93,7 @@ class ChunkChoice:
         self.stored = torch.ones(self.counts, dtype=torch.bool) if found is None else found[0]
         self.fill = 0.0
         if found is not None:
-            fill = source.packing.unpack(torch.tensor([found[1]]).to(source._stored))[0]
+            fill = source.packing.unpack(torch.tensor([found[1]]).to(source.stored_dtype))[0]
             if source.mask is None and bool(torch.isfinite(fill)):
                 self.fill = fill.item()
             else:

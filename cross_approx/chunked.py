@@ -3,7 +3,8 @@
 import time
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Inexact
 from torch import Tensor
 
-from cross_approx.packing import packing, to_torch, torch_dtype
+from cross_approx.packing import over, packing, torch_dtype
 from cross_approx.source import CACHE_BYTES, Source
 
 Key = tuple[int, ...]
@@ -122,6 +123,8 @@ class ChunkedSource(Source):
 
     # dtype of the arrays that `_read` returns, where that is not the stored one (numpy has no bfloat16)
     _held: torch.dtype | None = None
+    # whether `_read` takes regions of several chunks, and reads them faster at once than one by one
+    _joint = False
 
     def __init__(
         self,
@@ -151,13 +154,34 @@ class ChunkedSource(Source):
         self._cache = ChunkCache(cache_bytes)
         self._retries, self._backoff = retries, backoff
 
+    @property
+    def edges(self) -> tuple[np.ndarray, ...]:
+        """Of every axis, where its chunks begin, and its end: chunk c holds `edges[c] ... edges[c + 1] - 1`."""
+        return tuple(self._edges)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the numbers in the store, before they are unpacked."""
+        return self._stored
+
+    @contextmanager
+    def streamed(self) -> Iterator[None]:
+        """Within, a source larger than its cache is read past it, for a pass over everything would only wash it out."""
+        cache = self._cache
+        if prod(self.shape) * self._stored.itemsize > cache.budget:
+            self._cache = ChunkCache(0)
+        try:
+            yield
+        finally:
+            self._cache = cache
+
     @abstractmethod
     def _read(self, key: Key, region: tuple[slice, ...]) -> Any:
         """The chunk as an array of the region's shape; anything raised means that it could not be read."""
 
     def _tensor(self, values: Any) -> Tensor:
-        """Stored numbers that were taken from a chunk, as a tensor."""
-        return to_torch(values)
+        """Stored numbers that were taken from a chunk, as a tensor, which may share their memory."""
+        return over(values)
 
     def _entries(self, index: Tensor) -> Tensor:
         rows = index.cpu().numpy()
@@ -180,6 +204,9 @@ class ChunkedSource(Source):
         return self._gather("fibers", (len(rows), self.shape[axis]), parts)
 
     def _slab(self, ranges: list[range]) -> Tensor:
+        box = self._box(ranges)
+        if box is not None:
+            return self.packing.unpack(self._tensor(box)).to(self.device)
         axes: list[list[tuple[Any, ...]]] = []  # of every axis: (chunk, where in the chunk, where in the request)
         for edges, indices in zip(self._edges, ranges, strict=True):
             chunks = np.searchsorted(edges, np.asarray(indices), side="right") - 1
@@ -195,6 +222,29 @@ class ChunkedSource(Source):
             key, box, place = (tuple(piece[k] for piece in pieces) for k in range(3))
             parts.append(_Part(key, place, partial(_take_box, box=box)))
         return self._gather("slab", tuple(len(indices) for indices in ranges), parts)
+
+    def _box(self, ranges: list[range]) -> np.ndarray | None:
+        """Whole chunks read at once past the cache; None where one by one is the way, or names what failed."""
+        if not self._joint or self._cache.budget or any(r.step != 1 for r in ranges):
+            return None
+        ends = [np.searchsorted(edges, (r.start, r.stop)) for edges, r in zip(self._edges, ranges, strict=True)]
+        chunks = prod(int(b - a) for a, b in ends)
+        whole = all(
+            (edges[at] == (r.start, r.stop)).all() for edges, at, r in zip(self._edges, ends, ranges, strict=True)
+        )
+        if chunks < 2 or not whole:
+            return None
+        region = tuple(slice(r.start, r.stop) for r in ranges)
+        try:
+            box = self._sound(self._read((), region), region)
+        except MemoryError:
+            raise
+        except Exception:  # chunk by chunk it is tried again, and the one at fault is named
+            return None
+        self._lookups += chunks
+        self.chunks_read += chunks
+        self._bytes += box.nbytes
+        return box
 
     @staticmethod
     def _take_entries(chunk: np.ndarray, rows: np.ndarray, group: np.ndarray, start: np.ndarray) -> Any:
@@ -223,17 +273,19 @@ class ChunkedSource(Source):
 
     def _gather(self, name: str, shape: tuple[int, ...], parts: list[_Part]) -> Tensor:
         """Fill the request chunk by chunk, those in the cache first: reading others might drop them."""
-        values = torch.full(shape, float("nan"), dtype=self.dtype)
-        read = torch.zeros(shape, dtype=torch.bool)
+        values = torch.empty(shape, dtype=self.dtype)
         parts.sort(key=lambda part: part.key not in self._cache.chunks)
-        for part in parts:
+        for number, part in enumerate(parts):
             try:
                 chunk = self._chunk(name, part.key)
             except ChunkError as error:
-                error.values, error.read = values.to(self.device), read.to(self.device)
+                read = torch.zeros(shape, dtype=torch.bool)
+                for before in parts[:number]:
+                    read[before.place] = True
+                error.values = values.masked_fill(~read, float("nan")).to(self.device)
+                error.read = read.to(self.device)
                 raise
             values[part.place] = self.packing.unpack(self._tensor(part.take(chunk)))
-            read[part.place] = True
         return values.to(self.device)
 
     def _chunk(self, name: str, key: Key) -> np.ndarray:

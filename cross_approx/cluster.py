@@ -77,8 +77,10 @@ class ClusterSource(ChunkedSource):
                 f"ClusterSource: expected a store that is read by chunks, got {type(array).__name__}; "
                 "tensors in memory need no cluster"
             )
-        grid = [np.diff(edges).tolist() for edges in base._edges]
-        super().__init__(base.shape, base._stored, grid, device=base.device, mask=base.mask, cache_bytes=cache_bytes)
+        grid = [np.diff(edges).tolist() for edges in base.edges]
+        super().__init__(
+            base.shape, base.stored_dtype, grid, device=base.device, mask=base.mask, cache_bytes=cache_bytes
+        )
         self.packing, self.dtype, self._held, self._retries = base.packing, base.dtype, base._held, retries
         self._base, self._client, self._opened = base, client, None
         # a dask array is computed where the cluster wants; other stores are opened on the workers
@@ -341,7 +343,7 @@ def _sum_array(rules: ChunkedSource, block: Any, box: Box, function: Callable[[T
     """On a worker: the function of one box of a dask array."""
     ranges = rules._ranges(box)
     chunk = rules._sound(block, tuple(slice(0, len(r)) for r in ranges))
-    values = rules.packing.unpack(rules._tensor(chunk)).to(rules.device)
+    values = rules.packing.unpack(rules._tensor(chunk).clone()).to(rules.device)  # the block is dask's own
     lost = None if rules.mask is None else rules.mask.slab(box)
     values = rules._final("slab", values, lost, lambda at: [r[i] for r, i in zip(ranges, at, strict=True)])
     return {"sums": _added(None, function(values, box)), "counters": (values.numel(), 1, chunk.nbytes)}

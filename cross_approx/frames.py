@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.passes import Box
+from cross_approx.passes import Box, pieces, squared_norm
 from decompositions.formats.network import Network
 from decompositions.formats.tt import TT, chain_ranks
 from decompositions.formats.tucker import Tucker
 from decompositions.truncation import Truncation
-from decompositions.tt import _train
+from decompositions.tt import split_chain
 
 
 class Frame(Protocol):
@@ -200,7 +200,7 @@ class Chain:
         a, b = len(self.left), len(self.sizes) - 1 - len(self.right)
         ends = ([held.shape[0]] if self.left else []), ([held.shape[-1]] if self.right else [])
         caps = [min(pair) for pair in zip([*ends[0], *self.caps[a:b], *ends[1]], chain_ranks(held.shape), strict=True)]
-        task, cores = _train(name, held, held, caps, tol, "auto", None)
+        task, cores = split_chain(name, held, held, caps, tol, "auto", None)
         return TT([*cores[:-1], cores[-1] * task.scale])
 
     def whole(self, inner: Network) -> TT:
@@ -216,6 +216,34 @@ class Chain:
         if self.right:
             cores[-1] = cores[-1].squeeze(-1)
         return TT(cores)
+
+
+def project_box(
+    frame: Frame, values: Inexact[Tensor, "..."], box: Box, dtype: torch.dtype
+) -> tuple[Inexact[Tensor, "..."], float]:
+    """What a box adds to the projected tensor, and its squared norm, in `dtype` by pieces.
+
+    The projected values have the axes of the frame, those with a mode as long as the box there.
+
+    Example:
+        >>> import torch
+        >>> frame = Star((4, 3), [4, 3])
+        >>> frame.add(0, torch.eye(4, 2, dtype=torch.float64))
+        >>> part, square = project_box(frame, torch.ones(2, 3), (slice(1, 3), slice(0, 3)), torch.float64)
+        >>> part.sum(1).tolist(), square
+        ([0.0, 3.0], 6.0)
+    """
+    shape = [size if k is None else values.shape[k] for k, size in frame.axes()]
+    held, square = torch.zeros(shape, dtype=dtype, device=values.device), 0.0
+    for piece, x in pieces(box, values, frame.covered()):
+        wide = x.to(dtype)
+        square += squared_norm(wide)
+        place = tuple(
+            slice(None) if k is None else slice(piece[k].start - box[k].start, piece[k].stop - box[k].start)
+            for k, _ in frame.axes()
+        )
+        held[place] += frame.project(wide, piece)
+    return held, square
 
 
 def contract(x: Inexact[Tensor, "..."], u: Inexact[Tensor, "n r"], axis: int) -> Inexact[Tensor, "..."]:

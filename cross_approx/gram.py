@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.frames import Chain, Frame, Star
+from cross_approx.frames import Chain, Frame, Star, project_box
 from cross_approx.passes import BOX_BYTES, Box, BoxGrid, Passes, PassState, Progress, Sums, decode_box, squared_norm
 from cross_approx.result import CrossResult
 from decompositions.formats.network import Network
@@ -272,10 +272,11 @@ class _Task:
             return {"matrix": matrix, "total": real, "seen": torch.zeros((), dtype=torch.int64)}
 
         def step(sums: Sums, box: Box, values: Tensor) -> None:
-            part = values.to(self.double if started else self.work)
             if started:
-                sums["total"] += squared_norm(part)
-                part = frame.project(part, box)
+                part, square = project_box(frame, values, box, self.double)
+                sums["total"] += square
+            else:
+                part = values.to(self.work)
             sums["seen"] += 1
             if group > 1:
                 if int(sums["seen"]) % group == 1:
@@ -313,9 +314,8 @@ class _Task:
             return {"held": held, "total": real, "kept": real.clone(), "seen": torch.zeros((), dtype=torch.int64)}
 
         def step(sums: Sums, box: Box, values: Tensor) -> None:
-            part = values.to(self.double)
-            sums["total"] += squared_norm(part)
-            part = frame.project(part, box)
+            part, square = project_box(frame, values, box, self.double)
+            sums["total"] += square
             sums["seen"] += 1
             if group > 1:
                 if int(sums["seen"]) % group != 1:

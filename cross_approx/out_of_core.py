@@ -64,6 +64,8 @@ class ZarrSource(ChunkedSource):
         (tensor(8.), 2)
     """
 
+    _joint = True
+
     def __init__(self, array: Any, *, cf: bool = True, **options: Any) -> None:
         if isinstance(array, str | os.PathLike):
             array = _package("zarr").open_array(os.fspath(array), mode="r")

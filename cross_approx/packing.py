@@ -63,6 +63,20 @@ def to_torch(values: Any) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
+def over(values: Any) -> Tensor:
+    """Tensor over the memory of an array where torch can read that; a copy where it cannot.
+
+    Example:
+        >>> array = np.zeros(2)
+        >>> over(array)[0] = 1
+        >>> array.tolist()
+        [1.0, 0.0]
+    """
+    array = np.asarray(values)
+    readable = array.dtype.isnative and array.flags.writeable and all(step >= 0 for step in array.strides)
+    return torch.from_numpy(array) if readable else to_torch(array)
+
+
 @dataclass(frozen=True)
 class Packing:
     """How a stored number becomes a value: `stored * scale + offset`, or `missing` where it equals a fill value.

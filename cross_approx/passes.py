@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod, sqrt
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.chunked import ChunkCache, ChunkedSource, ChunkError
+from cross_approx.chunked import ChunkedSource, ChunkError
 from cross_approx.result import CrossResult, Sweep
 from cross_approx.source import Source, as_source
 from decompositions.formats.algebra import to_dense
@@ -26,6 +26,10 @@ Sums = dict[str, Tensor]
 
 BOX_BYTES = 1 << 24
 """Bytes of the values of one box, where its chunks are not larger: long products, and a few boxes fit in memory."""
+
+
+PIECE = 1 << 20
+"""Entries of a piece of a box that is worked on: in double precision it stays near the processor."""
 
 
 class PassError(ChunkError):
@@ -128,7 +132,7 @@ def box_grid(source: Source, box_bytes: int = BOX_BYTES, inner: Sequence[int] = 
         raise ValueError(f"passes: box_bytes must be at least 1, got {box_bytes}")
     inner = tuple(inner)
     if isinstance(source, ChunkedSource):
-        edges = [np.asarray(edge) for edge in source._edges]
+        edges = list(source.edges)
     else:
         edges = [np.arange(n + 1) for n in source.shape]
     longest = [int(np.diff(edge).max()) for edge in edges]
@@ -187,7 +191,7 @@ def read_boxes(
 
 def _boxes(source: Source, grid: BoxGrid, start: int, prefetch: bool | None) -> Iterator[tuple[Box, Tensor]]:
     ahead = isinstance(source, ChunkedSource) if prefetch is None else prefetch
-    with _past_the_cache(source):
+    with source.streamed() if isinstance(source, ChunkedSource) else nullcontext():
         if not ahead:
             for number in range(start, len(grid)):
                 yield grid[number], _read(source, grid, number)
@@ -209,19 +213,6 @@ def _read(source: Source, grid: BoxGrid, number: int) -> Tensor:
     except ChunkError as error:
         message = f"{error} (box {number} of {len(grid)} of this pass; the boxes before it are done)"
         raise PassError(message, error.key, error.region, error.values, error.read, box=number) from error
-
-
-@contextmanager
-def _past_the_cache(source: Source) -> Iterator[None]:
-    """Leave the cache alone where the source is larger."""
-    if not isinstance(source, ChunkedSource) or prod(source.shape) * source._stored.itemsize <= source._cache.budget:
-        yield
-        return
-    cache, source._cache = source._cache, ChunkCache(0)
-    try:
-        yield
-    finally:
-        source._cache = cache
 
 
 class Passes:
@@ -314,8 +305,8 @@ class Passes:
         wide = net.to(self.double)
 
         def add(sums: Sums, box: Box, values: Tensor) -> None:
-            difference = values.to(self.double) - decode_box(wide, box)
-            sums["square"] += torch.linalg.vector_norm(difference).double() ** 2
+            for part, x in pieces(box, values):
+                sums["square"] += squared_norm(x.to(self.double) - decode_box(wide, part))
 
         start = torch.zeros((), dtype=torch.float64, device=self.source.device)
         return float(self.sweep("residual", (), lambda grid: {"square": start}, add)["square"])
@@ -347,6 +338,29 @@ class Passes:
             reason=reason,
             history=tuple(self.history),
         )
+
+
+def pieces(
+    box: Box, values: Inexact[Tensor, "..."], whole: Sequence[int] = (), count: int | None = None
+) -> Iterator[tuple[Box, Tensor]]:
+    """A box in `count` parts (of about `PIECE` entries, if None), cut along the first axis that is long enough.
+
+    Axes in `whole` are cut where there are no others. The parts are views.
+
+    Example:
+        >>> import torch
+        >>> [part for part, _ in pieces((slice(4, 6), slice(0, PIECE)), torch.zeros(2, PIECE))]
+        [(slice(4, 5, None), slice(0, 1048576, None)), (slice(5, 6, None), slice(0, 1048576, None))]
+    """
+    count = -(-values.numel() // PIECE) if count is None else count
+    free = [k for k in range(values.ndim) if k not in whole] or list(range(values.ndim))
+    long = [k for k in free if values.shape[k] >= count] or [max(free, key=lambda k: values.shape[k])]
+    axis, start = long[0], box[long[0]].start
+    step = max(1, values.shape[axis] // count)
+    for first in range(0, values.shape[axis], step):
+        last = min(first + step, values.shape[axis])
+        part = (*box[:axis], slice(start + first, start + last), *box[axis + 1 :])
+        yield part, values.narrow(axis, first, last - first)
 
 
 def decode_box(net: Network, box: Box) -> Inexact[Tensor, "..."]:

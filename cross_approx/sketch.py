@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.frames import Chain, Frame, Star, contract
-from cross_approx.passes import BOX_BYTES, Box, BoxGrid, Passes, PassState, Progress, Sums, squared_norm
+from cross_approx.frames import Chain, Frame, Star, contract, project_box
+from cross_approx.passes import BOX_BYTES, Box, BoxGrid, Passes, PassState, Progress, Sums, pieces, squared_norm
 from cross_approx.result import CrossResult
 from decompositions.formats.algebra import to_dense
 from decompositions.formats.gauge import orthogonalize
@@ -25,8 +25,8 @@ from decompositions.tucker import st_hosvd
 PROBES = 32
 """Random rank-one functionals by which one pass estimates the norm of its residual."""
 
-PIECE = 1 << 22
-"""Largest number of entries of an intermediate product."""
+WORK = 1 << 22
+"""Largest number of entries of an intermediate product, where one index of a mode has fewer."""
 
 
 @full_precision
@@ -104,32 +104,46 @@ def tucker_sketch(
     width = max(widths)
     omega = [task.gaussian(n, width) for n in sizes]
     heights = [min(2 * k + 1, n) for k, n in zip(widths, sizes, strict=True)]
+    extent = task.passes.grid(()).extent(0)
     phi = [task.eye(n) if p == n else task.gaussian(n, p) / sqrt(p) for p, n in zip(heights, sizes, strict=True)]
 
     def begin(sums: Sums) -> None:
         for k, n in enumerate(sizes):
             sums[f"factor {k}"] = task.zeros(n, width)
         if passes == 1:
-            sums["core"] = task.zeros(*heights)
+            sums["core"] = task.zeros(heights[-1], *heights[:-1])  # the last mode is contracted first
+            if d > 1:
+                sums["row"] = task.zeros(heights[-1], extent, *heights[1:-1])
 
-    def step(sums: Sums, box: Box, x: Tensor) -> None:
+    def step(sums: Sums, box: Box, x: Tensor, start: int) -> None:
         local = [m[s] for m, s in zip(omega, box, strict=True)]
         columns = [local[-1]]
         if passes == 1:
             columns += [phi[-1][box[-1]], task.signs[-1][box[-1]]]
-        z = (torch.cat(columns, 1).mT @ x.reshape(-1, x.shape[-1]).mT).reshape(-1, *x.shape[:-1])
+        rows = x.reshape(-1, x.shape[-1])
+        z = (torch.cat(columns, 1).mT @ rows.mT).reshape(-1, *x.shape[:-1])
+        sums[f"factor {d - 1}"][box[-1]] += rows.mT @ products_of_columns(local[:-1], x)
         for k in range(d - 1):
             part = khatri_rao(z[:width], [m if j != k else None for j, m in enumerate(local[:-1])])
             sums[f"factor {k}"][box[k]] += part.mT
-        sums[f"factor {d - 1}"][box[-1]] += _leading(x, local[:-1]).mT
         if passes == 1:
             inner = z[width : width + heights[-1]]
-            for k in range(d - 1):
+            for k in reversed(range(1, d - 1)):
                 inner = contract(inner, phi[k][box[k]], k + 1)
-            sums["core"] += inner.movedim(0, -1)
+            if d > 1:
+                sums["row"][:, box[0].start - start : box[0].stop - start] += inner
+            else:
+                sums["core"] += inner
             task.probe(sums, z[width + heights[-1] :], box)
 
-    sums = task.first(begin, step, width + (heights[-1] + PROBES if passes == 1 else 0), width)
+    def close(sums: Sums, first: slice) -> None:
+        """Contract the first mode once for all boxes that share its part."""
+        if passes == 1 and d > 1:
+            row = sums["row"][:, : first.stop - first.start]
+            sums["core"] += contract(row, phi[0][first].to(row.dtype), 1)
+            sums["row"].zero_()
+
+    sums = task.first(begin, step, width + (heights[-1] + PROBES if passes == 1 else 0), width, close)
     bases = [torch.linalg.qr(sums[f"factor {k}"][:, :w]).Q for k, w in enumerate(widths)]
     if passes == 2:
         frame = Star(sizes, caps)
@@ -137,7 +151,7 @@ def tucker_sketch(
             frame.add(k, q)
         core, total = task.project(frame)
     else:
-        core, total = sums["core"], float(sums["total"])
+        core, total = sums["core"].movedim(0, -1), float(sums["total"])
         for k, q in enumerate(bases):
             core = contract(core, torch.linalg.pinv(phi[k].to(task.double).mT @ q).mH, k)
     caps = possible(caps, core, range(d))
@@ -215,9 +229,10 @@ def tt_sketch(
             ends = ([height] if k else []), ([width] if k < d - 1 else [])
             sums[f"core {k}"] = task.zeros(*ends[0], n, *ends[1])
 
-    def step(sums: Sums, box: Box, x: Tensor) -> None:
+    def step(sums: Sums, box: Box, x: Tensor, start: int) -> None:
         rows, columns = ([m[s] for m, s in zip(ms, box, strict=True)] for ms in (left, right))
-        sums[f"core {d - 1}"][..., box[-1]] += _leading(x, rows[:-1]).reshape(-1, x.shape[-1]).squeeze(0)
+        ends = products_of_columns(rows[:-1], x).mT @ x.reshape(-1, x.shape[-1])
+        sums[f"core {d - 1}"][..., box[-1]] += ends if d > 1 else ends[0]
         last = torch.cat([columns[-1], task.signs[-1][box[-1]]], 1) if passes == 1 else columns[-1]
         z = (last.mT @ x.reshape(-1, x.shape[-1]).mT).reshape(-1, *x.shape[:-1])
         if passes == 1:
@@ -227,7 +242,8 @@ def tt_sketch(
             if k == 0:
                 sums["core 0"][box[0]] += z.mT
             else:
-                sums[f"core {k}"][:, box[k]] += _leading(z.movedim(0, -1), rows[:k])
+                part = products_of_columns(rows[:k], x).mT @ z.flatten(1, k)
+                sums[f"core {k}"][:, box[k]] += part.movedim(0, -1)
                 z = khatri_rao(z, [None] * k + [columns[k]])
 
     sums = task.first(begin, step, width + PROBES * (passes == 1), height)
@@ -281,14 +297,18 @@ def khatri_rao(z: Inexact[Tensor, "s ..."], matrices: Sequence[Tensor | None]) -
     return z
 
 
-def _leading(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Contract the leading axes of x with the columns of the matrices: (columns, the axes left)."""
-    if not matrices:
-        return x[None]
-    longest = max(range(len(matrices)), key=lambda j: x.shape[j])
-    z = torch.tensordot(matrices[longest], x, dims=([0], [longest]))
-    others = [m for j, m in enumerate(matrices) if j != longest]
-    return khatri_rao(z, [*others, *[None] * (x.ndim - len(matrices))])
+def products_of_columns(matrices: Sequence[Tensor], like: Inexact[Tensor, "..."]) -> Inexact[Tensor, "n s"]:
+    """Khatri-Rao product: column s is the outer product of columns s, flattened; of no matrices a one.
+
+    Example:
+        >>> import torch
+        >>> products_of_columns([torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [5.0]])], torch.ones(())).mT
+        tensor([[ 3.,  5.,  6., 10.]])
+    """
+    product = like.new_ones(1, 1)
+    for k, matrix in enumerate(matrices):
+        product = matrix if k == 0 else (product[:, None] * matrix).flatten(0, 1)
+    return product
 
 
 def possible(caps: Sequence[int], core: Inexact[Tensor, "..."], axes: Sequence[int]) -> list[int]:
@@ -372,12 +392,17 @@ class _Sketch:
         """Sums are in double precision."""
         return torch.zeros(shape, dtype=self.double, device=self.device)
 
-    def first(self, begin: Any, step: Any, columns: int, rows: int) -> Sums:
-        """The sketching pass; boxes are cut so that no product with so many columns or rows is large."""
+    def first(self, begin: Any, step: Any, columns: int, rows: int, close: Any = None) -> Sums:
+        """The sketching pass; boxes are cut so that no product with so many columns or rows is large.
+
+        `close(sums, part of the first mode)` follows the last of the boxes that share it.
+        """
+        grid = self.passes.grid(())
+        group = len(grid) // len(grid.axes[0])
 
         def start(grid: BoxGrid) -> Sums:
             sums = {"total": torch.zeros((), dtype=torch.float64), "probes": self.zeros(PROBES)}
-            sums["samples"] = self.zeros(len(self.index))
+            sums["samples"], sums["seen"] = self.zeros(len(self.index)), torch.zeros((), dtype=torch.int64)
             begin(sums)
             return sums
 
@@ -387,9 +412,13 @@ class _Sketch:
             local = (self.index[here] - low).to(self.device)
             sums["samples"][here] = values[tuple(local.unbind(1))].to(self.double)
             sums["total"] += frobenius(values) ** 2
-            for part in _parts(box, values.shape, columns, rows):
-                inside = tuple(slice(p.start - s.start, p.stop - s.start) for p, s in zip(part, box, strict=True))
-                step(sums, part, values[inside].to(self.work))
+            most = values.numel() // values.shape[-1] * max(columns, rows)
+            whole = (values.ndim - 1,) if values.ndim > 1 else ()
+            for part, x in pieces(box, values, whole, -(-most // WORK)):
+                step(sums, part, x.to(self.work), box[0].start)
+            sums["seen"] += 1
+            if close is not None and int(sums["seen"]) % group == 0:
+                close(sums, box[0])
 
         return self.passes.sweep("sketch", (), start, add)
 
@@ -405,11 +434,9 @@ class _Sketch:
             return {"held": held, "total": torch.zeros((), dtype=torch.float64)}
 
         def add(sums: Sums, box: Box, values: Tensor) -> None:
-            part = values.to(self.double)
-            sums["total"] += squared_norm(part)
-            sums["held"][tuple(slice(None) if k is None else box[k] for k, _ in frame.axes())] += frame.project(
-                part, box
-            )
+            part, square = project_box(frame, values, box, self.double)
+            sums["total"] += square
+            sums["held"][tuple(slice(None) if k is None else box[k] for k, _ in frame.axes())] += part
 
         sums = self.passes.sweep("projection", frame.covered(), start, add)
         return sums["held"], float(sums["total"])
@@ -458,17 +485,3 @@ class _Sketch:
                 f"the rank binds at {', '.join(map(str, bound))}" if bound else "rounding"
             )
         return self.passes.result(net, error, reason, self.tol, held_out)
-
-
-def _parts(box: Box, shape: Sequence[int], columns: int, rows: int) -> list[Box]:
-    """A box in pieces along its longest axis but the last one."""
-    numel, d = prod(shape), len(shape)
-    if d == 1:
-        return [box]
-    lead = max(shape[:-1])
-    most = max(numel // shape[-1] * columns, numel // lead * rows)
-    axis = max(range(d - 1), key=lambda k: shape[k])
-    step = max(1, shape[axis] // max(1, -(-most // PIECE)))
-    starts = range(box[axis].start, box[axis].stop, step)
-    cut = [slice(a, min(a + step, box[axis].stop)) for a in starts]
-    return [(*box[:axis], piece, *box[axis + 1 :]) for piece in cut]

@@ -74,7 +74,7 @@ def tt_svd(
     chain = tuple(range(x.ndim)) if axes is None else tuple(axes)
     if sorted(chain) != list(range(x.ndim)):
         raise ValueError(f"tt_svd: axes must be a permutation of 0..{x.ndim - 1}, got {chain}")
-    task, cores = _train("tt_svd", x, x.permute(chain), rank, tol, method, generator)
+    task, cores = split_chain("tt_svd", x, x.permute(chain), rank, tol, method, generator)
     return task.finish(TT(cores, num_rows, chain), with_error)
 
 
@@ -135,7 +135,7 @@ def ttm_svd(
     paired = [k for pair in zip(range(d), range(d, 2 * d), strict=True) for k in pair]
     tensor = padded.permute(paired)
     tensor = tensor.reshape([i * j for i, j in zip(rows, cols, strict=True)])
-    task, cores = _train("ttm_svd", tensor, tensor, rank, tol, method, generator)
+    task, cores = split_chain("ttm_svd", tensor, tensor, rank, tol, method, generator)
     shapes = chain_shapes(list(zip(rows, cols, strict=True)), [core.shape[-1] for core in cores[:-1]])
     net = TTMatrix([core.reshape(shape) for core, shape in zip(cores, shapes, strict=True)])
     return task.finish(net, with_error, target=padded.detach())
@@ -170,10 +170,10 @@ def matrix_modes(
     return (rows if row_modes is None else tuple(row_modes)), cols
 
 
-def _train(
+def split_chain(
     name: str,
-    x: Tensor,
-    chain: Tensor,
+    x: Inexact[Tensor, "..."],
+    chain: Inexact[Tensor, "..."],
     rank: Ranks,
     tol: float | None,
     method: Method,
@@ -183,6 +183,19 @@ def _train(
 
     Each cut projects the tensor that the earlier ones left on a subspace of its own columns or rows: orthogonal
     projections that commute, so that the squared errors add as they do from left to right.
+
+    Returns:
+        The truncation, which knows the scale of the cores and the error, and the cores of a TT.
+
+    Raises:
+        ValueError: NaN or infinity, an empty mode, an impossible rank, a randomized method without one.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, 3, 4)
+        >>> task, cores = split_chain("doc", x, x, 1, None, "auto", None)
+        >>> [tuple(core.shape) for core in cores]
+        [(2, 1), (1, 3, 1), (1, 4)]
     """
     if method == "randomized" and rank is None:
         raise ValueError(f"{name}: method='randomized' needs a rank, got rank=None; use method='auto' with tol")
