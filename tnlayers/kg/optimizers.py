@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from tnlayers.kg.r_tucker import r_tucker_optimizer
 from tnlayers.optim import RankAdaptive, RiemannianAdam, RiemannianSGD
 from tnlayers.optim.engine import NetworkOptimizer
 
@@ -24,6 +25,8 @@ NETWORKS: dict[str, Callable[..., NetworkOptimizer]] = {
     "RiemannianAdam": RiemannianAdam,
     "RankAdaptive": RankAdaptive,
 }
+R_TUCKER = {"R-TuckER SGD": "sgd", "R-TuckER Adam": "adam"}
+"""Methods of `r_tucker_optimizer`."""
 SETTLE = 0.6
 """Part of the steps after which the ranks of `RankAdaptive`, asked for by name, stay."""
 
@@ -38,7 +41,8 @@ def make_optimizer(
     Args:
         model: all its parameters that require gradients are trained.
         asked: a name ("AdamW", "Adam", "Adagrad", "SGD"; "RiemannianSGD", "RiemannianAdam", "RankAdaptive" for models
-            with network cores: their other parameters go to a fused AdamW); a class or `functools.partial` of one,
+            with network cores: their other parameters go to a fused AdamW; "R-TuckER SGD", "R-TuckER Adam" for an
+            `RTuckER`); a class or `functools.partial` of one,
             which gets lr where it does not hold one; a callable of the model; an optimizer. None: "AdamW".
         lr: learning rate.
         weight_decay: of the optimizers by name.
@@ -62,8 +66,11 @@ def make_optimizer(
     if isinstance(asked, str):
         if asked in TORCH:
             return TORCH[asked](own, lr=lr, weight_decay=weight_decay, **fused)
+        if asked in R_TUCKER:
+            return r_tucker_optimizer(model, lr, method=R_TUCKER[asked], weight_decay=weight_decay)  # type: ignore[arg-type]
         if asked not in NETWORKS:
-            raise ValueError(f"train: optimizer must be one of {', '.join([*TORCH, *NETWORKS])}, got {asked!r}")
+            names = ", ".join([*TORCH, *NETWORKS, *R_TUCKER])
+            raise ValueError(f"train: optimizer must be one of {names}, got {asked!r}")
         options: dict[str, Any] = {"settle": max(1, round(SETTLE * steps))} if asked == "RankAdaptive" else {}
         inner = partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay, **fused)
         return NETWORKS[asked](model, lr=lr, weight_decay=weight_decay, inner=inner, **options)
