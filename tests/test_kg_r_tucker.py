@@ -361,6 +361,21 @@ def test_resumed_runs_agree_bit_by_bit(kind, options):
     assert optimizer.ranks() == again.ranks()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_saved_models_are_loaded_at_their_ranks(shared, tmp_path):
+    model = make((2, 3), shared=shared, adaptive=True)
+    optimizer = r_tucker_optimizer(model, 0.02)
+    step(model, optimizer, target())
+    small = compact(model)
+    tnlayers.save(small, tmp_path / "scores")
+    loaded = tnlayers.load(tmp_path / "scores", make((4, 5), shared=shared, adaptive=True))
+    assert isinstance(loaded, RTuckER)
+    assert (loaded.shared, loaded.cores[2] is loaded.cores[3]) == (shared, shared)
+    torch.testing.assert_close(dense(loaded), dense(small), rtol=0, atol=0)
+    del small
+    assert step(loaded, r_tucker_optimizer(loaded, 0.02), target()) > step(loaded, r_tucker_optimizer(loaded), target())
+
+
 def test_a_replaced_weight_opens_a_new_window():
     model = make()
     optimizer = SharedRiemannianAdam(model, 0.02)

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from math import prod, sqrt
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from decompositions import Tucker
+from decompositions import Network, Tucker
 from decompositions.geometry.shared_tucker import possible_shared_ranks
-from tnlayers.dense import unchanged_rng
+from tnlayers.dense import Recipe, copy_settings, run_recipe, unchanged_rng
+from tnlayers.kg.relation_maps import DenseRelations
 from tnlayers.kg.score_tensor import ScoreTensor
 from tnlayers.kg.tucker import TuckER
 from tnlayers.optim.engine import NetworkOptimizer
@@ -18,6 +20,7 @@ from tnlayers.optim.rank_adaptive import RankAdaptive
 from tnlayers.optim.riemannian import RiemannianAdam, RiemannianSGD
 from tnlayers.optim.shared import SharedRiemannianAdam, SharedRiemannianSGD
 
+T = TypeVar("T", bound="RTuckER")
 METHODS = ("adam", "sgd")
 
 
@@ -39,6 +42,7 @@ class RTuckER(ScoreTensor):
         shared: one table for heads and tails.
         adaptive: whether `r_tucker_optimizer` adapts the ranks.
         std: root mean square of the scores at the start.
+        network: a Tucker network to start from, in place of a random one of the ranks.
         generator: of the start.
         dtype: of the cores.
         device: of the cores.
@@ -65,6 +69,7 @@ class RTuckER(ScoreTensor):
         shared: bool = True,
         adaptive: bool = False,
         std: int | float = 0.1,
+        network: Network | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -73,12 +78,35 @@ class RTuckER(ScoreTensor):
         wanted = _ranks(ranks, shared, sizes)
         core = torch.zeros(wanted, dtype=dtype, device=device)
         tables = [core.new_zeros(n, r) for n, r in zip(sizes, wanted, strict=True)]
-        net = Tucker(core, tables, num_rows=2)
+        net = Tucker(core, tables, num_rows=2) if network is None else network
         super().__init__(
             triples.num_entities, triples.num_relations, inverse=triples.inverse, network=net, shared=shared
         )
         self.adaptive, self._std = adaptive, float(std)
-        self.reset_parameters(generator)
+        if network is None:
+            self.reset_parameters(generator)
+
+    def settings(self) -> dict[str, Any]:
+        """Those of `ScoreTensor`, and whether ranks adapt."""
+        return {**super().settings(), "adaptive": self.adaptive}
+
+    @classmethod
+    def from_dense(cls: type[T], dense: nn.Module, recipe: Recipe) -> T:
+        """Model that stands in for a dense tensor of scores, such as `to_dense_module` returns.
+
+        Raises:
+            TypeError: another module than DenseRelations.
+        """
+        if not isinstance(dense, DenseRelations):
+            raise TypeError(f"{cls.__name__}.from_dense: expected a DenseRelations, got {type(dense).__name__}")
+        net = run_recipe(f"{cls.__name__}.from_dense", recipe, dense.weight.detach())
+        options = dict(dense.options)
+        own = {name: options.pop(name) for name in ("shared", "adaptive")}
+        make: Any = cls
+        with unchanged_rng(dense.weight.device):
+            made: T = make(SimpleNamespace(**options), network=net, **own)
+        copy_settings(dense, made, dense.weight, None)
+        return made
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw X anew at the present ranks: orthonormal factors, a normal core, scores of root mean square `std`."""
