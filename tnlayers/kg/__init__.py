@@ -13,7 +13,6 @@ from tnlayers.kg.foreign import PyKEENModel as PyKEENModel
 from tnlayers.kg.foreign import as_model as as_model
 from tnlayers.kg.history import Epoch as Epoch
 from tnlayers.kg.history import History as History
-from tnlayers.kg.losses import Batch as Batch
 from tnlayers.kg.losses import Loss as Loss
 from tnlayers.kg.losses import NegativeSampling as NegativeSampling
 from tnlayers.kg.losses import OneToN as OneToN
