@@ -127,7 +127,7 @@ def test_an_optimizer_of_ours_goes_into_the_pipeline(kind, nations):
     result = pipeline(
         training=data.training, testing=data.testing, model=kg.er_model(model, data.training, loss="BCEWithLogitsLoss"),
         optimizer=kg.pipeline_optimizer(model, kind), training_loop="lcwa",
-        training_kwargs={"num_epochs": 4, "batch_size": 64, "use_tqdm": False},
+        training_kwargs={"num_epochs": 2, "batch_size": 64, "use_tqdm": False},
         evaluation_kwargs={"use_tqdm": False}, random_seed=0, device="cpu",
     )  # fmt: skip
     assert result.losses[-1] < result.losses[0]
