@@ -28,8 +28,8 @@ def interaction(model: KGModel, *, fresh: bool = False) -> Any:
 
     Args:
         model: any KGModel.
-        fresh: PyKEEN calls `reset_parameters` when it builds a model and when training begins. True: the model draws its
-            parameters anew then (from PyKEEN's `random_seed`); False: it goes back to those it has now.
+        fresh: PyKEEN calls `reset_parameters` when it builds a model and when training begins. True: the model draws
+            its parameters anew then (from PyKEEN's `random_seed`); False: it goes back to those it has now.
 
     Returns:
         pykeen.nn.modules.Interaction, with `.model` (the model) and `.representations()`, the arguments of `ERModel`:
