@@ -11,7 +11,7 @@ FULL ?=
 
 .PHONY: demo test test-dist lint clean help bench-mnist bench-import bench-env bench-layers bench-convolutions bench-plans \
   bench-decompositions bench-formats bench-riemannian bench-integrators bench-rank-adaptive bench-cifar bench-conditioning \
-  bench-gpu bench-distributed bench-compress bench-cross
+  bench-gpu bench-distributed bench-compress bench-cross bench-kg
 
 help:
 	@echo "make demo         digits: dense, tensorized, tensor-from-scratch and rank-adaptive nets; table, figures, a page in runs/"
@@ -23,7 +23,7 @@ help:
 	@echo "make bench-env    an environment with the peers (tensorly-torch, tntorch, ...), for the next ones"
 	@echo "make bench-layers, bench-convolutions, bench-decompositions, bench-formats, bench-integrators, bench-plans,"
 	@echo "  bench-rank-adaptive, bench-cifar, bench-riemannian, bench-conditioning, bench-distributed, bench-compress,"
-	@echo "  bench-cross, bench-gpu"
+	@echo "  bench-cross, bench-kg, bench-gpu"
 	@echo "                  tables into benchmarks/results"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -66,7 +66,7 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 bench-env: $(BENCH)/.installed
 
 bench-layers bench-convolutions bench-formats bench-riemannian bench-integrators bench-plans bench-conditioning bench-gpu \
-  bench-distributed bench-compress bench-cross: bench-%: $(STAMP)
+  bench-distributed bench-compress bench-cross bench-kg: bench-%: $(STAMP)
 	$(BENCHPY) benchmarks/$*.py $(FULL)
 
 bench-rank-adaptive: $(STAMP)

@@ -56,8 +56,8 @@ _MIGTF = "arXiv:2504.02589 (AISTATS 2025) and the defaults of its code"
 _ROTATION = "I. Chami et al., ACL 2020, arXiv:2005.00545, and the README of its code"
 _R_TUCKER = "the README of the R-TuckER code, March 2024"
 _R_TUCKER_DIFFERS = (
-    "published: a step of 2000 in Frobenius norm, which is lr sqrt(R N N) here, decayed by .9981 an epoch, and a penalty "
-    "of 1e-4 to 3e-9 on the norm of the tensor, which is left out"
+    "published: a step of 2000 in Frobenius norm, which is lr sqrt(R N N) here, decayed by .9981 an epoch, and a "
+    "penalty of 1e-4 to 3e-9 on the norm of the tensor, which is left out"
 )
 
 RECIPES: dict[str, Recipe] = {
