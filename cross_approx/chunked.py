@@ -204,9 +204,9 @@ class ChunkedSource(Source):
         return self._gather("fibers", (len(rows), self.shape[axis]), parts)
 
     def _slab(self, ranges: list[range]) -> Tensor:
-        box = self._box(ranges)
-        if box is not None:
-            return self.packing.unpack(self._tensor(box)).to(self.device)
+        joint = self._box(ranges)
+        if joint is not None:
+            return self.packing.unpack(self._tensor(joint)).to(self.device)
         axes: list[list[tuple[Any, ...]]] = []  # of every axis: (chunk, where in the chunk, where in the request)
         for edges, indices in zip(self._edges, ranges, strict=True):
             chunks = np.searchsorted(edges, np.asarray(indices), side="right") - 1

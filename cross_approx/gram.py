@@ -9,7 +9,18 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from cross_approx.frames import Chain, Frame, Star, project_box
-from cross_approx.passes import BOX_BYTES, Box, BoxGrid, Passes, PassState, Progress, Sums, decode_box, squared_norm
+from cross_approx.passes import (
+    BOX_BYTES,
+    Box,
+    BoxGrid,
+    Passes,
+    PassState,
+    Progress,
+    Sums,
+    decode_box,
+    pieces,
+    squared_norm,
+)
 from cross_approx.result import CrossResult
 from decompositions.formats.network import Network
 from decompositions.formats.tt import chain_ranks
@@ -356,13 +367,10 @@ def _trusted(squares: Tensor, cap: int, budget: float | None) -> bool:
 
 
 def _distance(net: Network, exact: Tensor) -> float:
-    """`‖exact - net‖^2` by blocks, in double precision."""
+    """`‖exact - net‖^2` by pieces, in double precision."""
     wide = net.to(torch.promote_types(exact.dtype, torch.float64))
-    axis = max(range(exact.ndim), key=lambda k: exact.shape[k])
-    step = max(1, (1 << 20) * exact.shape[axis] // exact.numel())
-    square = 0.0
-    for start in range(0, exact.shape[axis], step):
-        box = [slice(0, n) for n in exact.shape]
-        box[axis] = slice(start, min(start + step, exact.shape[axis]))
-        square += squared_norm(exact[tuple(box)].to(wide.dtype) - decode_box(wide, tuple(box)))
+    square, box = 0.0, tuple(slice(0, n) for n in exact.shape)
+    # a decoded piece has its axes in another order: small ones are read across within the cache
+    for part, x in pieces(box, exact, count=-(-exact.numel() // (1 << 17))):
+        square += squared_norm(x.to(wide.dtype) - decode_box(wide, part))
     return square

@@ -27,15 +27,19 @@ class CrossResult:
     all entries with probability 5 %, and a smaller one more often: `converged` means that no such region was seen to be
     wrong, not that there is none.
 
+    Gram passes and sketches read every entry. Their `error` is then that of all entries, `held_out` counting them; one
+    pass of a sketch estimates it from `held_out` random entries and from random functionals of all. There `converged`
+    is `error <= tol`, and True where no tol is given: the ranks asked for are what was asked for.
+
     Args:
         network: in the dtype of the source.
-        evaluations: entries asked for, held-out ones included.
+        evaluations: entries asked for, held-out ones included; of passes, those of every pass.
         bytes_read: as the source reports them, else evaluations times the size of an entry.
-        error: held-out relative error; over all entries where every one was read.
+        error: relative error: on held-out entries, over all entries where every one was read, or estimated.
         held_out: number of entries behind `error`.
-        converged: whether `error <= tol`.
+        converged: whether `error <= tol`; True where neither function nor caller sets a tol.
         reason: why the search ended.
-        history: one `Sweep` a sweep.
+        history: one `Sweep` a sweep or pass; its error is infinite where none was known by then.
         pivots: what interpolates: index sets, as described by the function.
         quantization: the digits that the modes of the network are (`qtt_cross`), or None.
 

@@ -61,7 +61,7 @@ def tucker_sketch(
     One pass can only estimate: the larger one of the errors on `samples` entries drawn uniformly (good to
     1 / sqrt(samples) for noise, blind to a region that holds the fraction 3 / samples with probability 5 %) and on
     `PROBES` random rank-one functionals of the residual (blind to nothing, good to about 15 % for noise).
-    Cost: about `2 N (2 k + s)` operations a pass; two passes: `2 N (2 k)` and `2 N k` in double precision.
+    Cost: about `2 N (2 k + s + PROBES)` operations in one pass; two passes: `2 N (2 k)`, then `2 N k` in double.
     Memory: the sketches, three boxes, their products, the source's own cache.
 
     Args:
@@ -70,7 +70,9 @@ def tucker_sketch(
         shape: mode sizes; needed for a callable.
         tol: relative error: two passes truncate further where it allows; both compare `error` with it.
         passes: 1 or 2.
-        oversampling: further columns; None takes as many as the rank, at least 8.
+        oversampling: further columns; None takes as many as the rank, at least 8: one pass then has about 1.03 to
+            1.6 times the error of ST-HOSVD where the spectrum decays, and 2.4 times in noise; half as many further
+            columns give 1.4 to 2.0 times and 3.4 times.
         samples: entries kept for the estimate of one pass.
         generator: of the seed that every random matrix comes from.
         box_bytes, prefetch, progress, resume: as in `tucker_gram`.
@@ -139,8 +141,8 @@ def tucker_sketch(
     def close(sums: Sums, first: slice) -> None:
         """Contract the first mode once for all boxes that share its part."""
         if passes == 1 and d > 1:
-            row = sums["row"][:, : first.stop - first.start]
-            sums["core"] += contract(row, phi[0][first].to(row.dtype), 1)
+            row = sums["row"][:, : first.stop - first.start].to(task.work)
+            sums["core"] += contract(row, phi[0][first], 1)
             sums["row"].zero_()
 
     sums = task.first(begin, step, width + (heights[-1] + PROBES if passes == 1 else 0), width, close)

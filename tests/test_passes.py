@@ -15,7 +15,7 @@ from cross_approx import (
     tucker_sketch,
 )
 from cross_approx.chunked import regular
-from cross_approx.passes import Passes, box_grid, decode_box
+from cross_approx.passes import Passes, box_grid, decode_box, pieces
 from decompositions import TT, Tucker, to_dense
 
 
@@ -173,3 +173,59 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class Joint(Grid):
+    """Takes boxes of several chunks, as zarr does."""
+
+    _joint = True
+
+    def _read(self, key, region):
+        self.asked.append(key)
+        starts = [np.searchsorted(edges, (s.start, s.stop)) for edges, s in zip(self.edges, region, strict=True)]
+        for lost in self.broken:
+            if all(a <= c < b for (a, b), c in zip(starts, lost, strict=True)):
+                raise OSError("disk on fire")
+        return np.array(self.array[region])
+
+
+def test_boxes_read_at_once_are_those_read_chunk_by_chunk():
+    x = noise((7, 9, 8), "f4")
+    one, joint = Grid(x, (2, 3, 4), cache_bytes=0), Joint(x, (2, 3, 4), cache_bytes=0)
+    for box in ((slice(0, 4), slice(3, 9), slice(0, 8)), (slice(6, 7), slice(0, 9), slice(4, 8))):
+        assert torch.equal(one.slab(box), joint.slab(box))
+    assert (one.chunks_read, one.bytes_read, one.evaluations) == (11, 4 * 228, 228)
+    assert (joint.chunks_read, joint.bytes_read, joint.evaluations) == (11, 4 * 228, 228)
+    assert (len(one.asked), len(joint.asked)) == (11, 2)
+    for box in ((slice(1, 4), slice(0, 9), slice(0, 8)), (slice(0, 4, 2), slice(0, 9), slice(0, 8))):
+        assert torch.equal(one.slab(box), joint.slab(box))  # parts of chunks, strides: one by one
+    assert len(joint.asked) == 2 + 12 + 12
+    joint.broken.add((1, 2, 0))
+    with pytest.raises(PassError, match=r"chunk \(1, 2, 0\).*3 attempts.*box 0 of 1") as caught:
+        list(read_boxes(joint))
+    read = caught.value.read.numpy()
+    assert 0 < read.sum() < x.size
+    assert np.array_equal(caught.value.values.numpy()[read], x[read])
+    assert np.isnan(caught.value.values.numpy()[~read]).all()
+    kept = Joint(x, (2, 3, 4), cache_bytes=10**5)
+    list(read_boxes(kept))
+    assert len(kept._cache.chunks) == 4 * 3 * 2
+
+
+def test_values_are_never_the_memory_of_a_cached_chunk():
+    source = Grid(noise((4, 4)), (4, 4))
+    for _ in range(2):
+        source.slab((slice(0, 4), slice(0, 4))).zero_()
+        source.entries(torch.tensor([[1, 2]])).zero_()
+    assert np.array_equal(source.slab((slice(0, 4), slice(0, 4))).numpy(), source.array)
+
+
+@pytest.mark.parametrize("whole", [(), (1,), (0, 1, 2)])
+def test_pieces_cover_a_box_once(whole):
+    values, box = torch.randn(3, 20, 7), (slice(1, 4), slice(5, 25), slice(0, 7))
+    for count in (1, 2, 3, 5, 8, 50):
+        seen = torch.zeros(4, 25, 7)
+        for part, x in pieces(box, values, whole, count):
+            seen[part] += x
+        assert torch.equal(seen[box], values)
+        assert float(seen.abs().sum()) == pytest.approx(float(values.abs().sum()))
