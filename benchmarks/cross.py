@@ -127,9 +127,31 @@ def headline_table(found: list[Row]) -> str:
     )
 
 
+class Permutation:
+    """The permutation matrix of an LU factorization, of which only the first columns are looked at."""
+
+    def __init__(self, places: np.ndarray) -> None:
+        self.rows = np.argsort(places)
+
+    def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
+        rows = self.rows[key[1]]
+        columns = np.zeros((len(self.rows), len(rows)), dtype=bool)
+        columns[rows, np.arange(len(rows))] = True
+        return columns
+
+
+def lu(a: np.ndarray, check_finite: bool = True) -> tuple[Any, np.ndarray, np.ndarray]:
+    """scipy's, without the permutation as an n x n matrix: 75 GB at n = 100,000."""
+    from scipy.linalg import lu
+
+    places, lower, upper = lu(a, p_indices=True, check_finite=check_finite)
+    return Permutation(places), lower, upper
+
+
 def maxvol_part(_: argparse.Namespace) -> list[Row]:
     import teneva
 
+    sys.modules[teneva.maxvol.__module__].lu = lu  # type: ignore[attr-defined]
     rng = torch.Generator().manual_seed(0)
     found = []
     for name, a in {
@@ -176,7 +198,10 @@ def maxvol_table(found: list[Row]) -> str:
         "largest coefficient, teneva / ours",
         "log volume, ours - teneva",
     ]
-    return "## maxvol, 100,000 x 50, tolerance 0.05 for both\n\n" + markdown(head, rows)
+    return (
+        "## maxvol, 100,000 x 50, tolerance 0.05 for both\n\nteneva as published asks for 75 GB here, for a permutation "
+        "as a matrix; its LU is replaced by one that returns indices.\n\n" + markdown(head, rows)
+    )
 
 
 def grids_part(arguments: argparse.Namespace) -> list[Row]:
