@@ -230,7 +230,7 @@ def project_box(
         >>> frame = Star((4, 3), [4, 3])
         >>> frame.add(0, torch.eye(4, 2, dtype=torch.float64))
         >>> part, square = project_box(frame, torch.ones(2, 3), (slice(1, 3), slice(0, 3)), torch.float64)
-        >>> part.sum(1).tolist(), square
+        >>> part.sum(1).tolist(), round(square, 9)
         ([0.0, 3.0], 6.0)
     """
     shape = [size if k is None else values.shape[k] for k, size in frame.axes()]
