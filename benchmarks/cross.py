@@ -202,8 +202,8 @@ def maxvol_table(found: list[Row]) -> str:
         "log volume, ours - teneva",
     ]
     return (
-        "## maxvol, n x 50, tolerance 0.05 for both\n\nteneva as published makes the permutation of its LU a matrix, 75 "
-        "GB at n = 100,000, which this machine refuses; there its LU is replaced by one that returns indices.\n\n"
+        "## maxvol, n x 50, tolerance 0.05 for both\n\nteneva as published makes the permutation of its LU a matrix, "
+        "75 GB at n = 100,000, which this machine refuses; there its LU is replaced by one that returns indices.\n\n"
         + markdown(head, rows)
     )
 
