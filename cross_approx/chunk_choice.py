@@ -101,7 +101,7 @@ class ChunkChoice:
         self._volume = torch.ones(self.counts, dtype=torch.float64)
         for k, lengths in enumerate(self.lengths):
             shape = [-1 if axis == k else 1 for axis in range(len(self.counts))]
-            self._volume = self._volume * (lengths / lengths.sum()).reshape(shape)
+            self._volume = self._volume * (lengths.double() / lengths.sum()).reshape(shape)
         self._draw(fraction, generator)
         self._columns(name, fraction)
         self._fill_up(fraction, generator)
