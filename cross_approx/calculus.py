@@ -120,7 +120,7 @@ def _picked(name: str, entry: Key, n: int, axis: int) -> int | Tensor | None:
         kept = range(*entry.indices(n))
         if kept == range(n):
             return None
-        chosen = torch.arange(kept.start, kept.stop, kept.step) if kept.step > 0 else torch.tensor(list(kept))
+        chosen = torch.arange(kept.start, kept.stop, kept.step) if kept and kept.step > 0 else torch.tensor(list(kept))
     elif isinstance(entry, Tensor | np.ndarray | list | range):
         chosen = torch.as_tensor(list(entry) if isinstance(entry, range) else entry)
         if chosen.ndim != 1 or chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:

@@ -112,8 +112,9 @@ def tucker_gram(
         resume=resume,
     )
     sizes = passes.sizes
-    caps = _check("tucker_gram", tol, rank, [min(n, prod(sizes) // n) for n in sizes], memory_bytes, "mode")
-    return _Task(passes, Star(sizes, caps, free=rank is None), tol, memory_bytes, caps).run()
+    possible = [min(n, prod(sizes) // n) for n in sizes]
+    caps = _check("tucker_gram", tol, rank, possible, memory_bytes, "mode")
+    return _Task(passes, Star(sizes, caps, free=rank is None), tol, memory_bytes, caps, possible).run()
 
 
 def tt_gram(
@@ -169,8 +170,9 @@ def tt_gram(
         resume=resume,
     )
     sizes = passes.sizes
-    caps = _check("tt_gram", tol, rank, chain_ranks(sizes), memory_bytes, "bond")
-    return _Task(passes, Chain(sizes, caps), tol, memory_bytes, caps).run()
+    possible = chain_ranks(sizes)
+    caps = _check("tt_gram", tol, rank, possible, memory_bytes, "bond")
+    return _Task(passes, Chain(sizes, caps), tol, memory_bytes, caps, possible).run()
 
 
 def _check(name: str, tol: float | None, rank: Any, possible: list[int], memory_bytes: int, bond: str) -> list[int]:
@@ -185,8 +187,11 @@ def _check(name: str, tol: float | None, rank: Any, possible: list[int], memory_
 class _Task:
     """Cuts by passes until the projected tensor fits into memory, then the rest."""
 
-    def __init__(self, passes: Passes, frame: Frame, tol: float | None, memory_bytes: int, caps: list[int]) -> None:
+    def __init__(
+        self, passes: Passes, frame: Frame, tol: float | None, memory_bytes: int, caps: list[int], possible: list[int]
+    ) -> None:
         self.passes, self.frame, self.tol, self.memory_bytes, self.caps = passes, frame, tol, memory_bytes, caps
+        self.possible = possible
         self.device, self.work, self.double = passes.source.device, passes.work, passes.double
         self.discarded = 0.0
         self.aim = None if tol is None else usable_tol(float(tol), passes.source.dtype, len(caps))
@@ -221,7 +226,8 @@ class _Task:
             return "the ranks asked for"
         if error <= self.tol:
             return "the error of all entries meets tol"
-        bound = [k for k, (r, cap) in enumerate(zip(net.ranks, self.caps, strict=True)) if r == cap]
+        most = zip(net.ranks, self.caps, self.possible, strict=True)
+        bound = [k for k, (r, cap, possible) in enumerate(most) if r == cap < possible]
         if bound:
             return f"the rank cap binds at {', '.join(map(str, bound))}"
         return f"{net.dtype} resolves no less"

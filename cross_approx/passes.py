@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ Sums = dict[str, Tensor]
 BOX_BYTES = 1 << 24
 """Bytes of the values of one box, where its chunks are not larger: long products, and a few boxes fit in memory."""
 
+LEAST = 1e-140
+"""Values that are all smaller than this are refused: their squares, or those of errors, vanish."""
 
 PIECE = 1 << 20
 """Entries of a piece of a box that is worked on: in double precision it stays near the processor."""
@@ -84,6 +86,7 @@ class PassState:
     sums: Sums | None = None
     box: int = 0
     within: bool = False
+    largest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,8 @@ class Passes:
         try:
             for box, values in _boxes(self.source, grid, state.box, self.prefetch):
                 state.within = True
+                if self.work == self.double:  # squares of numbers of single precision cannot vanish
+                    state.largest = max(state.largest, float(torch.linalg.vector_norm(values.flatten(), inf)))
                 step(state.sums, box, values)
                 state.box, state.within = state.box + 1, False
                 if self.progress is not None:
@@ -327,6 +332,10 @@ class Passes:
         self, net: Network, error: float, reason: str, tol: float | None, held_out: int | None = None
     ) -> CrossResult:
         """The result, with `converged = error <= tol`, and without a tolerance true."""
+        if 0 < self.state.largest < LEAST:
+            raise ValueError(
+                f"{self.name}: squares must fit double precision, got values up to {self.state.largest:.3g}; scale it"
+            )
         self.note(error, max([1, *net.ranks]))
         return CrossResult(
             network=net,

@@ -42,6 +42,8 @@ def open_source(name: str, source: Any, shape: Sequence[int] | None) -> Any:
     elif callable(source) and shape is None:
         raise ValueError(f"{name}: a callable source needs its mode sizes, expected shape=(n_1, ..., n_d), got None")
     elif callable(source):
+        if isinstance(shape, Integral):
+            raise ValueError(f"{name}: expected mode sizes in a sequence, got shape={shape}; pass shape=({shape},)")
         opened = as_source(source, shape=_sizes(name, tuple(shape or ())))
     else:
         opened = as_source(source.detach() if isinstance(source, Tensor) else source)

@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool1d
 from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
 from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import dominant_rows
-from cross_approx.reader import LimitReached, Reader, open_source
+from cross_approx.reader import LimitReached, Reader, check_limits, open_source
 from cross_approx.result import CrossResult, Sweep
 from cross_approx.sampled_fit import fit_tucker
 from cross_approx.slabs import read_slabs, slab_basis
@@ -99,9 +99,7 @@ def tucker_cross(
     opened = open_source("tucker_cross", source, shape)
     check_tol("tucker_cross", tol)
     limits = {"max_evals": max_evals, "max_bytes": max_bytes, "max_seconds": max_seconds, "max_sweeps": max_sweeps}
-    for name, limit in {**limits, "held_out": held_out}.items():
-        if limit is not None and not limit > 0:
-            raise ValueError(f"tucker_cross: {name} must be positive, got {limit}")
+    check_limits("tucker_cross", **limits, held_out=held_out)
     sizes = tuple(int(n) for n in opened.shape)
     caps = check_ranks("tucker_cross", rank, [min(n, prod(sizes) // n) for n in sizes], "mode")
     choice = choose_chunks("tucker_cross", opened, chunk_fraction, generator)
@@ -229,7 +227,7 @@ class _Search:
         """Why to stop, or None."""
         errors = [line.error for line in self.history]
         if errors[-1] <= self.tol and self._confirmed():
-            return "the held-out error meets tol"
+            return "the held-out error meets tol" + ("" if self.reader.norm > 0 else "; every entry read is zero")
         errors = [line.error for line in self.history]
         eps = torch.finfo(self.reader.dtype).eps
         stuck = len(errors) > 3 and min(errors[-3:]) > 0.7 * min(errors[:-3])

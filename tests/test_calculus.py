@@ -441,3 +441,12 @@ def test_functions_refuse(rng):
         apply_function(torch.exp)
     with pytest.raises(ValueError, match="values must be finite, got nan"):
         apply_function(lambda v: v * math.nan, a)
+
+
+@pytest.mark.parametrize("empty", [slice(5, 2), slice(100, 200), slice(0, 3, -1)])
+def test_an_empty_slice_is_refused_by_name(empty):
+    net = TT.random(row_modes=(9, 4), rank=2)
+    with pytest.raises(ValueError, match=r"subtensor: sizes of a network are at least 1, got nothing of axis 0"):
+        subtensor(net, empty)
+    with pytest.raises(ValueError, match=r"decode: sizes of a network are at least 1, got nothing of axis 0"):
+        decode(net, empty)

@@ -149,3 +149,11 @@ def test_capped_cross_of_a_blob(zarr, cross, best):
     error = distance(result.network, x)
     assert error <= 10 ** (1 / 20) * distance(best(x, rank=8), x)
     assert 0.7 <= result.error / error <= 1.5
+
+
+@pytest.mark.parametrize("shape", [(13, 11, 9), (7, 10, 6), (23, 17, 5)])
+def test_the_whole_of_a_store_of_uneven_chunks_may_be_asked_for(shape):
+    x = np.random.default_rng(0).random(shape)
+    result = tucker_cross(Chunks(x, (5, 4, 3)), rank=2, chunk_fraction=1, generator=torch.Generator().manual_seed(1))
+    assert not result.converged
+    assert result.error < 1

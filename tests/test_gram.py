@@ -193,3 +193,16 @@ def test_refusals():
                 work(x, **options)
         with pytest.raises(ValueError, match=r"finite, got nan at index \(0, 1\)"):
             work(torch.tensor([[1.0, np.nan]]), rank=1)
+
+
+@pytest.mark.parametrize("gram", [tucker_gram, tt_gram])
+def test_squares_that_vanish_are_refused_and_half_precision_is_the_reason(gram):
+    x = torch.rand(6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"squares must fit double precision, got values up to 9.*e-201; scale it"):
+        gram(1e-200 * x, rank=1)
+    assert gram(1e-120 * x, rank=1).error == pytest.approx(gram(x, rank=1).error, rel=1e-6)
+    assert gram(0 * x, rank=1).error == 0
+    limited = gram(x.half(), tol=1e-5)
+    assert not limited.converged
+    assert limited.reason == "torch.float16 resolves no less"
+    assert gram(x, rank=1, tol=1e-5).reason.startswith("the rank cap binds")

@@ -211,3 +211,11 @@ def test_decoding_refuses_what_does_not_fit(rng):
     cut = (coded.levels[0][:-1], *coded.levels[1:])
     with pytest.raises(ValueError, match="damaged"):
         Coded(**{**vars(coded), "levels": cut}).network()
+
+
+def test_a_tucker_tensor_of_one_mode(rng):
+    net = Tucker.random(row_modes=(40,), rank=1, dtype=torch.float64)
+    for coding in ("planes", "int8"):
+        coded = code(net, coding, error=0.1 * float(norm(net)))
+        lost = float((dense(coded.network()) - dense(net)).norm())
+        assert lost <= coded.error * (1 + 1e-9) <= 0.1 * float(norm(net)) * (1 + 1e-9)

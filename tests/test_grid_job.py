@@ -18,6 +18,7 @@ from tnlayers.grids.info import CompareConfig, DecodeConfig, compare, decode, fa
 from tnlayers.grids.making import rank_for_bytes
 from tnlayers.grids.measures import compare_grid
 from tnlayers.grids.opening import open_grid_source, parse_slices, stored_bytes, stored_dtype
+from tnlayers.grids.page import decibels
 from tnlayers.grids.store import Grid, load_grid
 
 
@@ -416,3 +417,43 @@ def test_exit_codes(place, tmp_path, monkeypatch):
     assert stopped.exit_code == 130
     assert "interrupted; nothing was written" in stopped.output
     assert not (tmp_path / "h").exists()
+
+
+# --- grids that other tools trip over ---
+
+
+def test_a_grid_of_one_axis_is_compressed_in_every_format(tmp_path):
+    x = np.sin(np.arange(300) / 20)
+    np.save(tmp_path / "x.npy", x)
+    for format in ("tucker", "tt", "qtt"):
+        run(GridConfig(str(tmp_path / "x.npy"), tmp_path / format, format, tol=0.01))
+        assert error_of(tmp_path / format, x) <= 0.01
+
+
+def test_a_constant_has_no_psnr_and_is_not_called_exact(tmp_path):
+    np.save(tmp_path / "x.npy", np.full((12, 10, 8), 3.5))
+    result = run(GridConfig(str(tmp_path / "x.npy"), tmp_path / "g", tol=0.01))
+    assert 0 < result.measures.relative_error <= 0.01
+    for text in (result.text(), result.measures.text()):
+        assert "no PSNR" in text
+        assert "inf dB" not in text
+    assert decibels(None, result.measures.max_error) == "none (no range)"
+    assert decibels(None) == "exact"
+
+
+@pytest.mark.parametrize("method", ["dense", "gram", "cross"])
+def test_half_precision_grids_with_norms_beyond_half_precision(tmp_path, method):
+    x = (6e4 * field((12, 11, 10)) / field((12, 11, 10)).max()).astype(np.float16)
+    assert np.linalg.norm(x.astype(float)) > 65504
+    np.save(tmp_path / "x.npy", x)
+    result = run(GridConfig(str(tmp_path / "x.npy"), tmp_path / "g", tol=1e-3, method=method))
+    assert error_of(tmp_path / "g", x.astype(float)) <= 1e-3
+    assert result.about["source"]["dtype"] == "float16"
+    assert result.about["source"]["bytes"] == 2 * x.size
+
+
+def test_entries_whose_squares_vanish_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", 1e-300 * np.random.default_rng(0).random((5, 5, 5)))
+    with pytest.raises(ValueError, match=r"squares of the entries must fit .*, got values up to 9.*e-301"):
+        run(GridConfig(str(tmp_path / "x.npy"), tmp_path / "g", tol=0.01))
+    assert not (tmp_path / "g").exists()

@@ -194,3 +194,13 @@ def test_fits_lower_the_error_on_their_blocks(dtype, masked, rng):
             fitted = fit_train(blocks, [cores[0][None], cores[1], cores[2][..., None]], 40)
             found = TT([fitted[0][0], fitted[1], fitted[2][..., 0]])
         assert distance(found, x) <= 0.02  # the ridge is all that is left
+
+
+def test_what_the_reason_and_the_refusals_say():
+    result = tucker_cross(lambda i: torch.zeros(len(i)), shape=(40, 40, 40))
+    assert result.converged
+    assert result.reason == "the held-out error meets tol; every entry read is zero"
+    with pytest.raises(TypeError, match=r"tucker_cross: max_evals is a count, expected an integer, got 100.5"):
+        tucker_cross(lambda i: torch.zeros(len(i)), shape=(4, 4), max_evals=100.5)
+    with pytest.raises(ValueError, match=r"expected mode sizes in a sequence, got shape=30; pass shape=\(30,\)"):
+        tucker_cross(lambda i: torch.zeros(len(i)), shape=30)

@@ -258,7 +258,7 @@ class _Task:
             levels[k], scales[k], coded = self._coded(self._applied(core, k, refit), axis, step, self.exponents[bond])
             axes[k] = axis
             basis, truth = (
-                self._applied(*pair).movedim(axis, -1).flatten(0, -2)
+                self._applied(*pair).movedim(axis, -1).reshape(-1, pair[0].shape[axis])
                 for pair in ((coded, k, gauge), (core, k, overlap))
             )
             isometry, gauge[bond] = torch.linalg.qr(basis)

@@ -86,6 +86,8 @@ def _measured(found: dict[str, Any]) -> str:
     known = {**found}
     for key in ("psnr", "relative_error", "max_error"):
         known[key] = float("inf") if known.get(key) is None else known[key]
+    if found.get("psnr") is None and known["max_error"] > 0:
+        known["psnr"] = -known["psnr"]  # JSON has neither infinity: this one is that of a range of 0
     return Measures(**known).text()
 
 

@@ -14,6 +14,8 @@ from tnlayers.grids.store import Grid
 
 Progress = Callable[[int, int, str], None]
 BOX_ENTRIES = 1 << 21
+LEAST = 1e-140
+"""Entries that are all smaller than this are refused: squares of them, or of their errors, vanish."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,8 @@ class Measures:
         """One line."""
         where = "all entries" if self.whole else f"{self.entries} entries drawn at random"
         fore = "" if self.foreground_psnr is None else f", foreground {self.foreground_psnr:.2f} dB"
-        return (
-            f"relative error {self.relative_error:.4g}, PSNR {self.psnr:.2f} dB{fore}, "
-            f"max error {self.max_error:.4g} ({where})"
-        )
+        psnr = "no PSNR (one value has no range)" if self.psnr == -inf else f"PSNR {self.psnr:.2f} dB{fore}"
+        return f"relative error {self.relative_error:.4g}, {psnr}, max error {self.max_error:.4g} ({where})"
 
 
 class Sums:
@@ -107,6 +107,11 @@ class Sums:
         span = self.high - self.low
         count = max(1, self.entries)
         fore = None if not self.foreground else _psnr(span, self.foreground_errors / self.foreground)
+        largest = max(abs(self.low), abs(self.high))
+        if self.entries and 0 < largest < LEAST:
+            raise ValueError(
+                f"grid: squares of the entries must fit double precision, got values up to {largest:.3g}; scale them"
+            )
         relative = sqrt(self.errors / self.squares) if self.squares else (inf if self.errors else 0.0)
         return Measures(
             self.entries, whole, relative, sqrt(self.errors / count), self.largest, _psnr(span, self.errors / count),

@@ -54,6 +54,8 @@ def open_grid_source(who: str, path: str | Path, *, name: str | None = None, **o
             raise ValueError(f"{who}: --name must be an array in {path}, expected one of {found[:8]}, got {given.name}")
     try:
         source = as_source(given, name=name, **options)
+        if source.dtype in (torch.float16, torch.bfloat16):  # cores, norms and sums do not fit half precision
+            source = as_source(given, name=name, dtype=torch.float32, **options)
     except TypeError as error:
         raise ValueError(f"{who}: {path} must hold real numbers: {error}") from None
     if source.dtype.is_complex:

@@ -77,12 +77,12 @@ def _tiles(grid: Grid, about: dict[str, Any]) -> list[tuple[str, str, str]]:
     span = f"range {number(measured['low'])} to {number(measured['high'])}"
     target = about["target"]
     met = "met" if target["met"] else "MISSED"
-    psnr = measured["psnr"]
+    psnr = decibels(measured["psnr"], measured["max_error"])
     fore = measured["foreground_psnr"]
     return [
         ("smaller", f"{about['ratio']:.3g}x", f"{compact(grid.nbytes)} bytes for {compact(about['source']['bytes'])}"),
         ("relative error", number(measured["relative_error"]), f"target {target['kind']} {target['value']:g}: {met}"),
-        ("PSNR", decibels(psnr), "no foreground" if fore is None else f"foreground {fore:.2f} dB"),
+        ("PSNR", psnr, "no foreground" if fore is None else f"foreground {fore:.2f} dB"),
         ("largest error", number(measured["max_error"]), span),
         ("entries asked for", compact(read["evaluations"]), f"{percent(read['evaluations'], prod(grid.shape))} of all"),
         ("read", f"{compact(read['bytes_read'])}B", f"{read['chunks_read']} chunks" if read["chunks_read"] else ""),
@@ -93,15 +93,17 @@ def _honest(about: dict[str, Any], where: str) -> str:
     measured = about["measured"]
     return (
         f"Measured on the file as read back, on {where}: relative error {number(measured['relative_error'])}, PSNR "
-        f"{decibels(measured['psnr'])} over the range of the data. A PSNR looks good on a volume that is mostly empty; "
-        "the relative error, and the PSNR of the foreground (entries other than "
+        f"{decibels(measured['psnr'], measured['max_error'])} over the range of the data. A PSNR looks good on a "
+        "volume that is mostly empty; the relative error, and the PSNR of the foreground (entries other than "
         f"{number(measured['background'])}), do not hide that."
     )
 
 
-def decibels(psnr: float | None) -> str:
-    """A PSNR as text; None where it is not finite."""
-    return "exact" if psnr is None else f"{psnr:.2f} dB"
+def decibels(psnr: float | None, max_error: float = 0.0) -> str:
+    """A PSNR as text; None where it is not finite: nothing differs, or one value has no range."""
+    if psnr is None:
+        return "none (no range)" if max_error else "exact"
+    return f"{psnr:.2f} dB"
 
 
 def _how(grid: Grid, about: dict[str, Any]) -> str:
