@@ -287,15 +287,6 @@ def test_models_that_do_not_fit(rng):
     with pytest.raises(TypeError, match="expected a KGModel or a PyKEEN model"):
         evaluate(nn.Linear(2, 2), triples)
 
-    class TailsOnly(Table):
-        def query_heads(self, relations, tails):
-            return KGModel.query_heads(self, relations, tails)
-
-    plain = graph(rng, inverse=False)
-    with pytest.raises(TypeError, match="ranks tails only"):
-        evaluate(TailsOnly(plain, rng), plain)
-    assert evaluate(TailsOnly(plain, rng), plain, direction="tail").count == 25
-
 
 def test_a_model_that_cannot_be_copied_names_the_way_out(rng):
     triples = graph(rng)

@@ -59,6 +59,7 @@ def evaluate(
     Otherwise scores are compared as the model's own arithmetic gives them, and near ties may fall either way.
 
     Cost: one `query` and one row of `against` for each distinct (first entity, relation), and a few passes over it.
+    Heads of a model without inverse relations and without `query_heads`: a query for every entity and relation.
 
     Args:
         model: a `KGModel`, or a PyKEEN model trained on the same numbers. It is left in the mode it is in.
@@ -75,7 +76,7 @@ def evaluate(
 
     Raises:
         ValueError: an empty split, a graph that is not the model's, scores that are NaN or infinite (by name).
-        TypeError: no model of a known kind; heads asked of a model that ranks tails only.
+        TypeError: no model of a known kind.
 
     References:
         A. Bordes et al., "Translating embeddings for modeling multi-relational data", NeurIPS 2013 (filtered setting).
