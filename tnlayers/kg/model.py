@@ -132,5 +132,5 @@ class KGModel(nn.Module):
         return self.against(query, unique).gather(1, where)
 
     def parameter_count(self) -> int:
-        """Numbers that are trained, buffers not among them."""
+        """Numbers of all parameters, those held fixed (a frozen MIGTF) among them, buffers not."""
         return sum(parameter.numel() for parameter in self.parameters())
