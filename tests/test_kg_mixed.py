@@ -234,8 +234,8 @@ def test_refusals(rng, unchecked):
         LPITF(GRAPH, dim=0)
     with pytest.raises(ValueError, match=r"c must be a positive number .* got 0"):
         LPITF(GRAPH, dim=4, curvature=0)
-    with pytest.raises(TypeError, match=r"without inverse relations this model ranks tails only"):
-        LPITF(ONE_WAY, dim=4, batch_norm=True).score_heads(torch.tensor([0]), torch.tensor([0]))
+    with pytest.raises(TypeError, match=r"without inverse relations this model has no query for heads"):
+        LPITF(ONE_WAY, dim=4, batch_norm=True).query_heads(torch.tensor([0]), torch.tensor([0]))
     model = LPITF(GRAPH, dim=4)
     with pytest.raises(ValueError, match=r"queries must be distinct, got 3 with 2 different"):
         StoredScores(model, torch.tensor([[0, 1], [2, 3], [0, 1]]))

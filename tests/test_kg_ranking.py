@@ -286,15 +286,9 @@ def test_models_that_do_not_fit(rng):
         evaluate(Table(graph(rng, entities=20), rng), triples)
     with pytest.raises(TypeError, match="expected a KGModel or a PyKEEN model"):
         evaluate(nn.Linear(2, 2), triples)
-
-    class TailsOnly(Table):
-        def query_heads(self, relations, tails):
-            return KGModel.query_heads(self, relations, tails)
-
-    plain = graph(rng, inverse=False)
-    with pytest.raises(TypeError, match="ranks tails only"):
-        evaluate(TailsOnly(plain, rng), plain)
-    assert evaluate(TailsOnly(plain, rng), plain, direction="tail").count == 25
+    for ids, kind in (([0, 1], "list"), (torch.tensor([0.0, 1.0]), "torch.float32")):
+        with pytest.raises(TypeError, match=f"candidates are int64 ids in a tensor, got {kind}"):
+            evaluate(Table(triples, rng), triples, candidates=ids)
 
 
 def test_a_model_that_cannot_be_copied_names_the_way_out(rng):

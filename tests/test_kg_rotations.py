@@ -225,7 +225,7 @@ def test_refusals(unchecked):
         AttH(GRAPH, 4, curvature=0)
     with pytest.raises(ValueError, match=r"RefH: std must be at least 0, got -1"):
         RefH(GRAPH, 4, std=-1)
-    with pytest.raises(TypeError, match=r"RotH: without inverse relations this model ranks tails only"):
-        RotH(SimpleNamespace(num_entities=9, num_relations=6, inverse=False), 4).score_heads(
+    with pytest.raises(TypeError, match=r"RotH: without inverse relations this model has no query for heads"):
+        RotH(SimpleNamespace(num_entities=9, num_relations=6, inverse=False), 4).query_heads(
             torch.tensor([0]), torch.tensor([0])
         )

@@ -304,3 +304,22 @@ def test_the_graphs_of_the_literature(name, counts, entities, unseen):
     assert tuple(len(triples.split(split)) for split in ("train", "valid", "test")) == counts
     assert triples.num_entities == entities
     assert triples.num_entities - len(triples.train[:, (0, 2)].unique()) == unseen
+
+
+def test_numbers_and_their_text_are_one_name():
+    triples = load_triples({"train": [(1, 0, 10), (10, 0, 2)], "test": [("1", "0", "2")]})
+    assert triples.entity_to_id == {"1": 0, "10": 1, "2": 2}
+    assert triples.relation_to_id == {"0": 0}
+    assert triples.test.tolist() == [[0, 0, 2]]
+
+
+def test_missing_labels_of_pandas_are_named():
+    pandas = pytest.importorskip("pandas")
+    heads = pandas.array(["a", None], dtype="string")
+    with pytest.raises(ValueError, match="train row 1: the head is missing"):
+        load_triples({"train": pandas.DataFrame({"h": heads, "r": ["r", "r"], "t": ["b", "c"]})})
+
+
+def test_a_table_alone_is_refused():
+    with pytest.raises(TypeError, match=r"a mapping of splits, got list; pass \{'train': ...\} with it"):
+        load_triples(ROWS)

@@ -79,7 +79,11 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Queries a step; 128 by default.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; 1e-3 by default.")] = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="AdamW, Adam, Adagrad, SGD, RiemannianSGD, RiemannianAdam or RankAdaptive.")
+        str | None,
+        typer.Option(
+            help="AdamW, Adam, Adagrad, SGD, RiemannianSGD, RiemannianAdam, RankAdaptive; 'R-TuckER Adam' or 'R-TuckER "
+            "SGD' for an RTuckER."
+        ),
     ] = None,
     every: Annotated[int | None, typer.Option(help="Epochs between validations.")] = None,
     patience: Annotated[int | None, typer.Option(help="Validations without a better MRR that end training.")] = None,

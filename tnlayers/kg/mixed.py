@@ -128,6 +128,9 @@ class LPITF(KGModel):
         t = self.dropout(self.relation_points()[relations])
         return interaction_inverse_query(t, self.dropout(self.entities[tails]), self.curvature())
 
+    def _asks_heads(self) -> bool:
+        return self.inverse or not isinstance(self.head_norm, nn.BatchNorm1d)
+
     def against(self, query: Float[Tensor, "B d4"], entities: Entities = None) -> Float[Tensor, "B n"]:
         """See `KGModel`: one product (B, d + 1) x (d + 1, n)."""
         return self._against(query, self.entities if entities is None else self.entities[entities])
@@ -247,6 +250,9 @@ class MIGTF(KGModel):
     def query_heads(self, relations: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> tuple[Tensor, ...]:
         """See `KGModel`."""
         return _joined(self.tucker.query_heads(relations, tails), self.hyperbolic.query_heads(relations, tails))
+
+    def _asks_heads(self) -> bool:
+        return self.tucker._asks_heads() and self.hyperbolic._asks_heads()
 
     def against(self, query: tuple[Tensor, ...], entities: Entities = None) -> Float[Tensor, "B n"]:
         """See `KGModel`: the given model's cost, and one product (B, d + 1) x (d + 1, n)."""

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 Entities = slice | Int[Tensor, "n"] | None
 """Which entities: a range, their ids, or all."""
+HEADS = 4096
+"""Heads asked at once where (?, r, t) needs a query for each of them."""
 
 
 class KGModel(nn.Module):
@@ -18,8 +20,9 @@ class KGModel(nn.Module):
     `against(query, entities)` compares it with entities, one by one: the score of an entity does not depend on which
     others are asked for.
 
-    A kind of model writes `query` and `against`, and `query_heads` where it answers (?, r, t) without inverse
-    relations. With `inverse` the relation r + num_relations / 2 is the inverse of r, and heads are tails of it.
+    A kind of model writes `query` and `against`. With `inverse` the relation r + num_relations / 2 is the inverse of r,
+    and heads are tails of it. Without, (?, r, t) compares t with the queries of every head; a model that has a closed
+    form for that writes `query_heads`.
 
     Attributes:
         num_entities: rows of the entity table.
@@ -65,8 +68,8 @@ class KGModel(nn.Module):
         """What (?, r, t) asks; with inverse relations the query (t, r^-1, ?)."""
         if not self.inverse:
             raise TypeError(
-                f"{type(self).__name__}: without inverse relations this model ranks tails only, expected "
-                "inverse=True; or evaluate direction='tail'"
+                f"{type(self).__name__}: without inverse relations this model has no query for heads, expected "
+                "inverse=True; score_heads and evaluate do without"
             )
         return self.query(tails, self.inverted(relations))
 
@@ -83,9 +86,31 @@ class KGModel(nn.Module):
         """Scores of every entity as the tail."""
         return self.against(self.query(heads, relations))
 
-    def score_heads(self, relations: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Float[Tensor, "B N"]:
-        """Scores of every entity as the head."""
-        return self.against(self.query_heads(relations, tails))
+    def score_heads(
+        self, relations: Int[Tensor, "B"], tails: Int[Tensor, "B"], entities: Entities = None
+    ) -> Float[Tensor, "B n"]:
+        """Scores of every entity, or of those given, as the head.
+
+        Cost as `score_all`; without inverse relations, and no closed form, a query for every entity and distinct
+        relation.
+        """
+        if self._asks_heads():
+            return self.against(self.query_heads(relations, tails), entities)
+        every = torch.arange(self.num_entities, device=tails.device)
+        heads = every if entities is None else every[entities]
+        columns = []
+        for part in heads.split(HEADS):
+            scores, order = [], []
+            for relation in relations.unique():
+                order.append((relations == relation).nonzero()[:, 0])
+                query = self.query(part, relation.expand(len(part)))
+                scores.append(self.against(query, tails[order[-1]]).mT)
+            columns.append(torch.cat(scores)[torch.cat(order).argsort()])
+        return torch.cat(columns, 1)
+
+    def _asks_heads(self) -> bool:
+        """Whether there is a query for heads."""
+        return self.inverse or type(self).query_heads is not KGModel.query_heads
 
     def score_relations(self, heads: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Float[Tensor, "B R"]:
         """Scores of every relation of the data (no inverse ones). Cost here: a query each; a model may know better."""
@@ -107,5 +132,5 @@ class KGModel(nn.Module):
         return self.against(query, unique).gather(1, where)
 
     def parameter_count(self) -> int:
-        """Numbers that are trained, buffers not among them."""
+        """Numbers of all parameters, those held fixed (a frozen MIGTF) among them, buffers not."""
         return sum(parameter.numel() for parameter in self.parameters())

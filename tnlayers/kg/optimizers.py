@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from tnlayers.kg.r_tucker import r_tucker_optimizer
+from tnlayers.kg.r_tucker import RTuckER, r_tucker_optimizer
 from tnlayers.optim import RankAdaptive, RiemannianAdam, RiemannianSGD
 from tnlayers.optim.engine import NetworkOptimizer
 
@@ -49,7 +49,7 @@ def make_optimizer(
         steps: of the whole run; "RankAdaptive" settles after 60 % of them.
 
     Raises:
-        ValueError: an unknown name, a model without trainable parameters.
+        ValueError: an unknown name, a model without trainable parameters, an optimizer of trees for a shared `RTuckER`.
         TypeError: something else.
 
     Example:
@@ -71,6 +71,11 @@ def make_optimizer(
         if asked not in NETWORKS:
             names = ", ".join([*TORCH, *NETWORKS, *R_TUCKER])
             raise ValueError(f"train: optimizer must be one of {names}, got {asked!r}")
+        if isinstance(model, RTuckER) and model.shared:
+            raise ValueError(
+                f"train: heads and tails of this RTuckER share a table, expected one of {', '.join(R_TUCKER)}, got "
+                f"{asked!r}; or make the model with shared=False"
+            )
         options: dict[str, Any] = {"settle": max(1, round(SETTLE * steps))} if asked == "RankAdaptive" else {}
         inner = partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay, **fused)
         return NETWORKS[asked](model, lr=lr, weight_decay=weight_decay, inner=inner, **options)

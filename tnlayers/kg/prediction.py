@@ -101,7 +101,6 @@ def predict(
     Raises:
         ValueError: not two parts of three, a name that is not in the graph (with those most like it), a relation that
             no training triple has, scores that are not finite, a graph that is not the model's.
-        TypeError: heads asked of a model that ranks tails only.
 
     Warns:
         UserWarning: an entity that no training triple has: its answers are those of its random start.

@@ -112,12 +112,15 @@ class RTuckER(ScoreTensor):
         """Draw X anew at the present ranks: orthonormal factors, a normal core, scores of root mean square `std`."""
         self.close_window()
         net = self.network
-        core, *factors = (torch.randn(c.shape, generator=generator, dtype=c.dtype, device=c.device) for c in net.cores)
+        # QR has no half precision
+        wide = torch.promote_types(net.cores[0].dtype, torch.float32)
+        core, *factors = (torch.randn(c.shape, generator=generator, dtype=wide, device=c.device) for c in net.cores)
         bases = [torch.linalg.qr(factor).Q for factor in factors]
         if self.shared:
             bases[1] = bases[2]
         core = core * (self._std * sqrt(prod(self.weight_shape)) / torch.linalg.vector_norm(core))
-        self.set_network(net._unchecked([core, *bases], net.legs, net.rows, net.cols))
+        drawn = [core.to(net.cores[0].dtype) for core in (core, *bases)]
+        self.set_network(net._unchecked(drawn, net.legs, net.rows, net.cols))
 
     @classmethod
     def from_tucker(cls, tucker: TuckER, *, adaptive: bool = False) -> "RTuckER":
@@ -174,7 +177,7 @@ class RTuckER(ScoreTensor):
 
 def _ranks(ranks: Sequence[int], shared: bool, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     """(relation, head, tail), lowered to what a tensor of these sizes can have."""
-    given = tuple(ranks)
+    given = tuple(ranks) if isinstance(ranks, Sequence) else (ranks,)
     if len(given) not in (2, 3) or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in given):
         raise ValueError(
             f"RTuckER: ranks are ints >= 1 for relations and entities, or relations, heads and tails, got {ranks!r}"

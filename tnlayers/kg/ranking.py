@@ -59,6 +59,7 @@ def evaluate(
     Otherwise scores are compared as the model's own arithmetic gives them, and near ties may fall either way.
 
     Cost: one `query` and one row of `against` for each distinct (first entity, relation), and a few passes over it.
+    Heads of a model without inverse relations and without `query_heads`: a query for every entity and relation.
 
     Args:
         model: a `KGModel`, or a PyKEEN model trained on the same numbers. It is left in the mode it is in.
@@ -75,7 +76,7 @@ def evaluate(
 
     Raises:
         ValueError: an empty split, a graph that is not the model's, scores that are NaN or infinite (by name).
-        TypeError: no model of a known kind; heads asked of a model that ranks tails only.
+        TypeError: no model of a known kind; candidates that are no int64 tensor.
 
     References:
         A. Bordes et al., "Translating embeddings for modeling multi-relational data", NeurIPS 2013 (filtered setting).
@@ -183,10 +184,14 @@ def _candidates(given: Candidates, name: str, direction: str, count: int, num_en
         chosen = given.get(name)
     else:
         chosen = given
-        if chosen is not None and chosen.ndim == 2 and direction == "both":
+        if isinstance(chosen, Tensor) and chosen.ndim == 2 and direction == "both":
             raise ValueError("evaluate: candidates a query are for one direction; pass {'head': ..., 'tail': ...}")
     if chosen is None:
         return None
+    if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64:
+        what = str(chosen.dtype) if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise TypeError(f"evaluate: candidates are int64 ids in a tensor, got {what}; torch.tensor(ids) makes one")
+    chosen = chosen.cpu()
     if chosen.ndim not in (1, 2) or not chosen.numel() or (chosen.ndim == 2 and len(chosen) != count):
         raise ValueError(
             f"evaluate: candidates are ids (n,) or ({count}, k), a row for each triple, got {tuple(chosen.shape)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from tnlayers.kg.model import Entities, KGModel
 WIDE = (torch.float64, torch.complex128)
 SPLIT = float((1 << 21) + 1)
 """Veltkamp's constant that leaves 53 - 21 = 32 bits of a float64."""
+
+
+class _Heads(NamedTuple):
+    """(?, r, t) of a model that has no query for it."""
+
+    relations: Tensor
+    tails: Tensor
 
 
 class Scorer:
@@ -71,15 +78,26 @@ class Scorer:
 
     def ask(self, name: str, first: Tensor, relations: Tensor) -> Any:
         """The query of (first, relation, ?), or of (?, relation, first) if heads are asked for."""
-        return self.model.query_heads(relations, first) if name == "head" else self.model.query(first, relations)
+        if name != "head":
+            return self.model.query(first, relations)
+        return self.model.query_heads(relations, first) if self.model._asks_heads() else _Heads(relations, first)
 
     def fill(self, out: Tensor, query: Any, entities: Entities) -> None:
         """Scores against some entities, the same for all rows, into `out`."""
-        out.copy_(self._rounded(self.model.against(query, entities)))
+        if isinstance(query, _Heads):
+            found = self.model.score_heads(query.relations, query.tails, entities)
+        else:
+            found = self.model.against(query, entities)
+        out.copy_(self._rounded(found))
 
     def pairs(self, query: Any, entities: Tensor) -> Tensor:
         """Scores of every row against entities of its own."""
-        return self._rounded(self.model.paired(query, entities)).to(self.dtype)
+        if isinstance(query, _Heads):
+            relations, tails = (part[:, None].expand_as(entities).reshape(-1) for part in query)
+            found = self.model(entities.reshape(-1), relations, tails).reshape(entities.shape)
+        else:
+            found = self.model.paired(query, entities)
+        return self._rounded(found).to(self.dtype)
 
     def _rounded(self, scores: Tensor) -> Tensor:
         if not (self.exact and self.fine and scores.dtype == torch.float64):

@@ -212,6 +212,7 @@ def load_triples(
 
     Raises:
         FileNotFoundError: no such folder or file.
+        TypeError: another source, such as a table alone.
         ImportError: the name of a PyKEEN dataset without PyKEEN.
         ValueError: a malformed line (file and number), no training triples, unseen names under `unseen="error"`.
 
@@ -233,6 +234,11 @@ def load_triples(
         if value not in allowed:
             raise ValueError(f"load_triples: {what} must be one of {', '.join(allowed)}, got {value!r}")
     placed(columns)
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise TypeError(
+            f"load_triples: expected a folder, a file, a name or a mapping of splits, got {type(source).__name__}; "
+            "pass {'train': ...} with it"
+        )
     if isinstance(source, Mapping):
         unknown = set(source) - set(SPLITS)
         if unknown or "train" not in source:
@@ -299,7 +305,7 @@ def _table(split: str, table: Any, columns: str | Sequence[str]) -> Columns:
     read = Columns(*(rows[:, place].tolist() for place in (head, relation, tail)))
     for part, what in zip(read[:3], ("head", "relation", "tail"), strict=True):
         for number, label in enumerate(part):
-            if label is None or label != label or label == "":
+            if label is None or _missing(label) or label == "":
                 raise ValueError(f"load_triples: {split} row {number}: the {what} is missing ({label!r})")
     return read
 
@@ -348,10 +354,20 @@ def _numbered(read: Mapping[str, Columns], inverse: bool, unseen: str, name: str
 
 
 def _vocabulary(parts: Iterable[list[Any]]) -> dict[Any, int]:
-    """Labels numbered in sorted order: integers by value, everything else as text."""
+    """Labels numbered in sorted order: integers by value, everything else as text; 1 and "1" are one name."""
     found: set[Any] = set().union(*parts)
-    integers = all(type(label) is int for label in found)
-    return {label: number for number, label in enumerate(sorted(found, key=None if integers else str))}
+    if all(type(label) is int for label in found):
+        return {label: number for number, label in enumerate(sorted(found))}
+    ids = {name: number for number, name in enumerate(sorted(set(map(str, found))))}
+    return {label: ids[str(label)] for label in sorted(found, key=str)}
+
+
+def _missing(label: Any) -> bool:
+    """NaN, and pandas' NA, whose comparisons have no truth value."""
+    try:
+        return bool(label != label)
+    except TypeError:
+        return True
 
 
 def _ids(what: str, names: Iterable[str], ids: Mapping[str, int]) -> Tensor:
