@@ -1,6 +1,7 @@
-"""Steps of knowledge-graph models: an epoch of TuckER against PyKEEN, a WN18RR step against a bare one.
+"""A step of TuckER on WN18RR, with the loss that `train` uses, against bare torch steps with dense targets.
 
-python benchmarks/kg_steps.py umls | kinships | wn18rr       one row each (PyKEEN where it is installed)
+python benchmarks/kg_steps.py               the row
+python benchmarks/kg_steps.py --arm bare    one arm of it
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,26 +22,21 @@ import torch.nn.functional as F
 from timing import low
 from torch import Tensor, nn
 
-from tnlayers.kg import TuckER
+from tnlayers.kg import OneToN, TuckER
+from tnlayers.kg.chunks import MEMORY, Batch
 
 WN18RR = SimpleNamespace(num_entities=40_943, num_relations=22, inverse=True)
+SMOOTHING = 0.1
 PER_QUERY = 2  # true tails a query, about
 
-
-class SparseBCE(torch.autograd.Function):
-    """`sum softplus(x) - sum x[positive]`; the gradient takes the place of the logits."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, tails: Tensor) -> Tensor:
-        ctx.x, ctx.where = x.detach(), (rows, tails)
-        total = torch.stack([F.softplus(part).sum() for part in x.split(16)]).sum()
-        return total - x[rows, tails].sum()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, (rows, tails) = ctx.x.sigmoid_(), ctx.where
-        x[rows, tails] -= 1
-        return x.mul_(g), None, None
+ARMS = {
+    "ours": "ours: norms, dropouts, sparse targets",
+    "ours bfloat16": "ours, products in bfloat16 (amp)",
+    "bare": "bare torch step: dense targets, no norms or dropouts, Adam as it comes",
+    "bare fused": "the same, Adam(fused=True) as ours",
+    "published": "bare torch step with the published norms and dropouts",
+}
+"""Each with what it is."""
 
 
 class Bare(nn.Module):
@@ -61,92 +59,33 @@ class Bare(nn.Module):
         return self.drops[2](self.norms[1](y)) @ self.e.weight.T
 
 
-def queries(triples: Tensor, relations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct (head, relation) with inverse relations; the tails of query q are tails[offsets[q]:offsets[q + 1]]."""
-    h, r, t = triples.T
-    both = torch.cat([triples, torch.stack([t, r + relations, h], 1)]).unique(dim=0)  # sorted
-    keys, counts = both[:, :2].unique_consecutive(dim=0, return_counts=True)
-    return keys, F.pad(counts.cumsum(0), (1, 0)), both[:, 2]
-
-
-def epoch(model: nn.Module, optimizer: Any, keys: Tensor, offsets: Tensor, tails: Tensor, batch: int = 128) -> None:
-    """One pass over the queries in random order: mean BCE without smoothing."""
-    count = offsets.diff()
-    for own in torch.randperm(len(keys)).split(batch):
-        many = count[own]
-        rows = torch.arange(len(own)).repeat_interleave(many)
-        within = torch.arange(len(rows)) - (many.cumsum(0) - many)[rows]
-        logits = model.score_all(keys[own, 0], keys[own, 1])
-        scale = 1 / logits.numel()
-        loss = SparseBCE.apply(logits, rows, tails[offsets[own][rows] + within]) * scale
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def epoch_row(name: str, epochs: int = 5) -> dict[str, Any]:
-    """Seconds an epoch of TuckER 100/30 on one of PyKEEN's sets, batch 128; PyKEEN's own loop beside it."""
-    from pykeen.datasets import get_dataset
-    from pykeen.models import TuckER as Theirs
-    from pykeen.training import LCWATrainingLoop
-
-    data = get_dataset(dataset=name, dataset_kwargs={"create_inverse_triples": True})
-    training: Any = data.training
-    keys, offsets, tails = queries(training.mapped_triples, training.real_num_relations)
-    graph = SimpleNamespace(num_entities=data.num_entities, num_relations=2 * training.real_num_relations, inverse=True)
-    ours = TuckER(graph, 100, 30)
-    adam = torch.optim.Adam(ours.parameters(), lr=3e-3, fused=True)
-    theirs = Theirs(
-        triples_factory=training, embedding_dim=100, relation_dim=30, dropout_0=0.2, dropout_1=0.2, dropout_2=0.2
-    )
-    loop = LCWATrainingLoop(
-        model=theirs, triples_factory=training, optimizer=torch.optim.Adam(theirs.parameters(), lr=3e-3)
-    )
-    times: dict[str, list[float]] = {"ours": [], "pykeen": []}
-    for round_ in range(epochs + 1):  # in turn, the first to warm up
-        start = time.perf_counter()
-        epoch(ours, adam, keys, offsets, tails)
-        middle = time.perf_counter()
-        loop.train(
-            triples_factory=training,
-            num_epochs=round_ + 1,
-            batch_size=128,
-            label_smoothing=0.1,
-            use_tqdm=False,
-            clear_optimizer=False,
-            continue_training=round_ > 0,
-        )
-        if round_:
-            times["ours"].append(middle - start)
-            times["pykeen"].append(time.perf_counter() - middle)
-    mine, peer = low(times["ours"]), low(times["pykeen"])
-    return {"row": f"TuckER 100/30 {name}", "seconds": mine, "pykeen": peer, "ratio": mine / peer, "queries": len(keys)}
-
-
-def one_arm(arm: str, steps: int = 8) -> dict[str, float]:
+def one_arm(arm: str, steps: int = 8, memory: int = MEMORY) -> dict[str, float]:
     """Seconds of a WN18RR step (200/30, batch 128), and bytes at its peak above the model and Adam's moments."""
     torch.manual_seed(0)
     n, batch = WN18RR.num_entities, 128
-    model: Any = TuckER(WN18RR, 200, 30) if arm == "ours" else Bare(n, 22, 200, 30, arm == "published")
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=arm == "ours")
+    ours, fused = arm.startswith("ours"), True if arm.startswith("ours") or "fused" in arm else None
+    model: Any = TuckER(WN18RR, 200, 30) if ours else Bare(n, 22, 200, 30, arm == "published")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=fused)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
     h, rows = torch.randint(n, (batch,)), torch.arange(batch).repeat_interleave(PER_QUERY)
-    r = torch.multinomial(torch.rand(22) ** 2, batch, replacement=True)
+    r = torch.multinomial(torch.rand(22) ** 2, batch, replacement=True).sort().values
     tails = torch.randint(n, (len(rows),))
+    loss = OneToN(SMOOTHING, "published")
+    context = partial(torch.autocast, "cpu", torch.bfloat16) if "bfloat16" in arm else nullcontext
+    asked = Batch(h, r, rows, tails, batch, len(rows))
 
     def step() -> None:
-        logits = model.score_all(h, r)
-        if arm == "ours":
-            loss = SparseBCE.apply(logits, rows, tails) / logits.numel()
+        optimizer.zero_grad()
+        if ours:
+            loss.backward(model, asked, context, memory)
         else:
             targets = torch.zeros(batch, n)
             targets[rows, tails] = 1
-            loss = F.binary_cross_entropy_with_logits(logits, targets)
-        optimizer.zero_grad()
-        loss.backward()
+            targets = (1 - SMOOTHING) * targets + 1 / n
+            F.binary_cross_entropy_with_logits(model.score_all(h, r), targets).backward()
         optimizer.step()
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
@@ -165,32 +104,20 @@ def _status(field: str) -> int:
 
 
 def wn18rr_row() -> dict[str, Any]:
-    """A step of ours (norms, dropouts, sparse targets) against bare ones with dense targets, a process each."""
+    """Every arm in a process of its own."""
     found = {}
-    for arm in ("ours", "bare", "published"):
+    for arm in ARMS:
         command = [sys.executable, __file__, "--arm", arm]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found[arm] = json.loads(done.stdout.splitlines()[-1])
-    ours = found["ours"]
-    return {
-        "row": "TuckER 200/30 WN18RR step",
-        **ours,
-        **{f"seconds / {arm}": ours["seconds"] / found[arm]["seconds"] for arm in ("bare", "published")},
-        **{f"peak / {arm}": ours["peak"] / found[arm]["peak"] for arm in ("bare", "published")},
-        "arms": found,
-    }
+    return {"row": "TuckER 200/30 WN18RR step", "arms": found}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", default=["umls", "kinships", "wn18rr"])
-    parser.add_argument("--arm", choices=["ours", "bare", "published"])
-    args = parser.parse_args()
-    if args.arm:
-        print(json.dumps(one_arm(args.arm)))
-        return
-    for name in args.rows:
-        print(json.dumps(wn18rr_row() if name == "wn18rr" else epoch_row(name)), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", choices=list(ARMS))
+    arm = parser.parse_args().arm
+    print(json.dumps(one_arm(arm) if arm else wn18rr_row()))
 
 
 if __name__ == "__main__":
