@@ -1,9 +1,11 @@
 """Knowledge graphs: steps and evaluation against PyKEEN and a bare loop, and what papers claim, with equal tuning.
 
-python benchmarks/kg.py                               about 30 minutes on 2 cores
-python benchmarks/kg.py --only epochs,mixed           some parts: epochs, step, evaluation, mixed, adaptive
+python benchmarks/kg.py                               under 30 minutes on 2 cores
+python benchmarks/kg.py --only epochs,mixed           some parts
+python benchmarks/kg.py --full                        hours: long runs of MIG-TF, and WN18RR
 
-Rows are kept in runs/bench-kg.json: a part that is there is not run again (--again runs it). PyKEEN, with its own UMLS
+Rows are kept in runs/bench-kg.json: a part that is there is not run again (--again runs it), one that was broken off
+goes on. PyKEEN, with its own UMLS
 and Kinships, comes with make bench-env.
 """
 
@@ -22,43 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import kg_evaluation
+import kg_mixed
 import kg_steps
+import kg_wn18rr
 import torch
+from kg_runs import EPOCHS, Row, fit, spread, tucker
 from timing import markdown, publish
 
 from tnlayers.files import write_atomic
-from tnlayers.kg import MIGTF, Answers, RTuckER, Triples, TuckER, evaluate, load_triples, r_tucker_optimizer, train
+from tnlayers.kg import Answers, RTuckER, Triples, load_triples, r_tucker_optimizer
 
 ROOT = Path(__file__).parent.parent
 STORE = ROOT / "runs" / "bench-kg.json"
-Row = dict[str, Any]
-
-EPOCHS = 100
-TUCKER: Row = {"entity_dim": 100, "relation_dim": 30, "dropouts": (0.2, 0.2, 0.2)}
-TRAINING: Row = {"epochs": EPOCHS, "batch_size": 128, "lr": 3e-3, "optimizer": "Adam"}
-
-
-def fit(model: Any, triples: Triples, seed: int, **options: Any) -> Row:
-    """Train and evaluate; seconds are of training alone."""
-    start = time.perf_counter()
-    history = train(model, triples, seed=seed, **{**TRAINING, **options})
-    seconds = time.perf_counter() - start
-    valid, test = (evaluate(model, triples, split=split) for split in ("valid", "test"))
-    return {
-        "seed": seed,
-        "seconds": seconds,
-        "epochs": len(history.losses),
-        "parameters": model.parameter_count(),
-        "valid": valid.mrr,
-        "mrr": test.mrr,
-        "hits@1": test.hits[1],
-        "hits@10": test.hits[10],
-    }
-
-
-def tucker(triples: Triples, seed: int, **options: Any) -> TuckER:
-    return TuckER(triples, **{**TUCKER, **options}, generator=torch.Generator().manual_seed(seed))
-
 
 # --- an epoch of TuckER, ours and PyKEEN's ---
 
@@ -93,7 +70,7 @@ def pykeen_run(name: str, seed: int) -> Row:
     }
 
 
-def epochs_part(arguments: argparse.Namespace) -> list[Row]:
+def epochs_part() -> list[Row]:
     """Ours and PyKEEN's in turn, seed by seed."""
     found = []
     for name in ("umls", "kinships"):
@@ -103,10 +80,6 @@ def epochs_part(arguments: argparse.Namespace) -> list[Row]:
             found.append({"set": name, "method": "PyKEEN", **pykeen_run(name, seed)})
             print(found[-2:], file=sys.stderr, flush=True)
     return found
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
 
 
 def epochs_table(found: list[Row]) -> str:
@@ -139,7 +112,7 @@ def epochs_table(found: list[Row]) -> str:
 # --- WN18RR: a step, an evaluation ---
 
 
-def step_part(_: argparse.Namespace) -> list[Row]:
+def step_part() -> list[Row]:
     return [kg_steps.wn18rr_row()]
 
 
@@ -197,88 +170,6 @@ def evaluation_table(found: list[Row]) -> str:
 # --- claims of papers: equal parameters, equal tuning ---
 
 SETS = ("umls", "kinships")
-HYPERBOLIC = 20
-
-
-def mixed_part(arguments: argparse.Namespace) -> list[Row]:
-    """MIG-TF = TuckER(d) + hyperbolic(20) against TuckER(d), and against TuckER(d') of the same total parameters.
-
-    Both arms get the same trials of the learning rate (of both stages), chosen on validation with seed 0; both are
-    trained for the same number of epochs in all, of which MIG-TF's first stage, a TuckER, takes two thirds.
-    """
-    found: list[Row] = []
-    third = arguments.mixed_epochs // 3
-    for name in SETS:
-        triples = load_triples(name)
-        rates = (1e-3, 3e-3, 1e-2)
-
-        def plain(seed: int, lr: float, dim: int, triples: Triples = triples) -> tuple[Any, Row]:
-            model = tucker(triples, seed, entity_dim=dim)
-            return model, fit(model, triples, seed, lr=lr, epochs=3 * third)
-
-        def mixed(seed: int, lr: float, joint: bool, triples: Triples = triples) -> tuple[Any, Row]:
-            """Two thirds of the epochs TuckER, one the mixture: frozen as published, or half frozen and half joint."""
-            start = time.perf_counter()
-            first = tucker(triples, seed, entity_dim=DIM)
-            train(first, triples, seed=seed, **{**TRAINING, "epochs": 2 * third, "lr": lr})
-            model = MIGTF(first, HYPERBOLIC, generator=torch.Generator().manual_seed(seed))
-            if joint:
-                train(model, triples, seed=seed + 100, **{**TRAINING, "epochs": third // 2, "lr": lr})
-                model.freeze(False)
-            row = fit(model, triples, seed + 200, lr=lr, epochs=third - third // 2 if joint else third)
-            total = sum(p.numel() for p in model.parameters())
-            return model, row | {"seed": seed, "seconds": time.perf_counter() - start, "parameters": total}
-
-        base = TuckER(triples, **{**TUCKER, "entity_dim": DIM})
-        target = base.parameter_count() + HYPERBOLIC * (triples.num_entities + triples.num_relations)
-        wide = min(range(DIM, 4 * DIM), key=lambda d: abs(tucker(triples, 0, entity_dim=d).parameter_count() - target))
-        arms: dict[str, Callable[[int, float], tuple[Any, Row]]] = {
-            f"TuckER {DIM}": lambda seed, lr, run=plain: run(seed, lr, DIM),
-            f"TuckER {wide} (equal parameters)": lambda seed, lr, run=plain, wide=wide: run(seed, lr, wide),
-            f"MIG-TF {DIM} + {HYPERBOLIC}, frozen": lambda seed, lr, run=mixed: run(seed, lr, False),
-            f"MIG-TF {DIM} + {HYPERBOLIC}, frozen then joint": lambda seed, lr, run=mixed: run(seed, lr, True),
-        }
-        for arm, run in arms.items():
-            trials = {lr: run(0, lr)[1] for lr in rates}
-            best = max(rates, key=lambda lr: trials[lr]["valid"])
-            for seed in range(5):
-                row = trials[best] if seed == 0 else run(seed, best)[1]
-                found.append({"set": name, "arm": arm, "lr": best, "trials": len(rates), **row})
-            print(found[-1], file=sys.stderr, flush=True)
-    return found
-
-
-DIM = 50
-
-
-def verdict(first: list[float], second: list[float]) -> str:
-    """Whether the first is better, by paired seeds: the mean difference against twice its standard error."""
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return "reproduced" if mean > 2 * error else "refuted" if mean < -2 * error else "undecided"
-
-
-def mixed_table(found: list[Row]) -> str:
-    lines = []
-    for name in SETS:
-        arms: dict[str, list[Row]] = {}
-        for row in found:
-            if row["set"] == name:
-                arms.setdefault(row["arm"], []).append(row)
-        equal = next(rows for arm, rows in arms.items() if "equal" in arm)
-        for arm, rows in arms.items():
-            of = [row["mrr"] for row in rows]
-            said = verdict(of, [row["mrr"] for row in equal]) if "MIG-TF" in arm else ""
-            lines.append(
-                [name, arm, f"{rows[0]['parameters']:,}", spread(of), spread([row["hits@1"] for row in rows]),
-                 rows[0]["lr"], f"{statistics.median(row['seconds'] for row in rows):.0f} s", said]
-            )  # fmt: skip
-    head = ["set", "arm", "parameters", "test MRR", "Hits@1", "lr", "seconds", "better than TuckER of equal size"]
-    return (
-        "## MIG-TF against TuckER at equal total parameters\n\nSeeds 0 to 4; the same epochs in all, three learning "
-        "rates tried for every arm on validation with seed 0.\n\n" + markdown(head, lines)
-    )
 
 
 def decayed(step: int, steps: int) -> float:
@@ -286,9 +177,9 @@ def decayed(step: int, steps: int) -> float:
     return 0.1 ** (step / steps)
 
 
-def adaptive_part(arguments: argparse.Namespace) -> list[Row]:
+def adaptive_part(arguments: argparse.Namespace, done: list[Row], keep: Keep) -> list[Row]:
     """R-TuckER with ranks found by a tolerance against fixed ranks; the same learning rates tried for every arm."""
-    found: list[Row] = []
+    found = list(done)
     arms: dict[str, Row] = {f"fixed {ranks}": {"ranks": ranks} for ranks in ((15, 20), (20, 30), (30, 40))}
     arms |= {f"adaptive, tol {tol}": {"ranks": (30, 40), "tol": tol} for tol in (0.08, 0.12)}
     for name in SETS:
@@ -307,6 +198,8 @@ def adaptive_part(arguments: argparse.Namespace) -> list[Row]:
             return row | {"ranks": list(model.network.ranks)}
 
         for arm, options in arms.items():
+            if any((row["set"], row["arm"]) == (name, arm) for row in found):
+                continue
             rates = (0.02, 0.04)
             trials = {lr: run(0, lr, options) for lr in rates}
             best = max(rates, key=lambda lr: trials[lr]["valid"])
@@ -314,6 +207,7 @@ def adaptive_part(arguments: argparse.Namespace) -> list[Row]:
                 row = trials[best] if seed == 0 else run(seed, best, options)
                 found.append({"set": name, "arm": arm, "lr": best, **row})
             print(found[-1], file=sys.stderr, flush=True)
+            keep(found)
     return found
 
 
@@ -342,40 +236,68 @@ def adaptive_table(found: list[Row]) -> str:
     )
 
 
-PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[Row]], Callable[[list[Row]], str]]] = {
-    "epochs": (epochs_part, epochs_table),
-    "step": (step_part, step_table),
-    "evaluation": (evaluation_part, evaluation_table),
-    "mixed": (mixed_part, mixed_table),
+Keep = Callable[[list[Row]], None]
+Work = Callable[[argparse.Namespace, list[Row], Keep], list[Row]]
+PARTS: dict[str, tuple[Work, Callable[[list[Row]], str]]] = {
+    "epochs": (lambda arguments, done, keep: epochs_part(), epochs_table),
+    "step": (lambda arguments, done, keep: step_part(), step_table),
+    "evaluation": (lambda arguments, done, keep: evaluation_part(arguments), evaluation_table),
+    "mixed": (lambda arguments, done, keep: kg_mixed.rows(90, done, keep), kg_mixed.table),
+    "mixed-long": (lambda arguments, done, keep: kg_mixed.rows(300, done, keep), kg_mixed.table),
     "adaptive": (adaptive_part, adaptive_table),
+    "wn18rr": (
+        lambda arguments, done, keep: kg_wn18rr.rows(arguments.data / "wn18rr", STORE.parent / "kg-wn18rr", done, keep),
+        kg_wn18rr.table,
+    ),
 }
+"""Part -> its rows, given those done before and what keeps them on the way; and their table."""
+LONG = ("mixed-long", "wn18rr")
+"""Hours: with --full, or by name."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts by commas: " + ", ".join(PARTS))
+    parser.add_argument("--only", help="parts by commas: " + ", ".join(PARTS))
+    parser.add_argument("--full", action="store_true", help="the parts of hours too: " + ", ".join(LONG))
     parser.add_argument("--again", action="store_true", help="run parts that are there once more")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--mixed-epochs", type=int, default=90)
     parser.add_argument("--adaptive-epochs", type=int, default=60)
     arguments = parser.parse_args()
-    chosen = arguments.only.split(",")
+    usual = [part for part in PARTS if arguments.full or part not in LONG]
+    chosen = usual if arguments.only is None else arguments.only.split(",")
     for part in chosen:
         if part not in PARTS:
             parser.error(f"no part {part!r}, expected some of {', '.join(PARTS)}")
     if importlib.util.find_spec("pykeen") is None:
         parser.error("pykeen is not installed (make bench-env)")
-    torch.set_num_threads(2)
-    store: dict[str, list[Row]] = json.loads(STORE.read_text()) if STORE.exists() else {}
+    torch.set_num_threads(arguments.threads)
     for part in chosen:
-        if part not in store or arguments.again:
+        done = [] if arguments.again else stored().get(part, [])
+        if not done or part not in stored().get("complete", []):
             start = time.perf_counter()
-            store[part] = PARTS[part][0](arguments)
+            found = PARTS[part][0](arguments, done, partial(keep, part, complete=False))
+            keep(part, found, complete=True)
             print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-            STORE.parent.mkdir(exist_ok=True)
-            write_atomic(STORE, json.dumps(store, indent=1) + "\n")
-    text = "\n\n".join(table(store[part]) for part, (_, table) in PARTS.items() if part in store)
+    store = stored()
+    text = "\n\n".join(table(store[part]) for part, (_, table) in PARTS.items() if store.get(part))
     publish("kg", "Knowledge graphs", text, store, [f"pykeen {version('pykeen')}"])
+
+
+def stored() -> dict[str, Any]:
+    """Rows by part; "complete" names the parts that were run to the end."""
+    found: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
+    return found
+
+
+def keep(part: str, found: list[Row], *, complete: bool) -> None:
+    """Write the rows of a part beside the others, which another run may have written meanwhile."""
+    store = stored()
+    done = set(store.get("complete", [])) - {part}
+    store[part] = found
+    store["complete"] = sorted(done | {part} if complete else done)
+    STORE.parent.mkdir(exist_ok=True)
+    write_atomic(STORE, json.dumps(store, indent=1) + "\n")
 
 
 if __name__ == "__main__":
