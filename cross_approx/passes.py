@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf, prod, sqrt
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.chunked import ChunkedSource, ChunkError
+from cross_approx.chunked import ChunkError
 from cross_approx.result import CrossResult, Sweep
 from cross_approx.source import Source, as_source
 from decompositions.formats.algebra import to_dense
@@ -134,10 +133,7 @@ def box_grid(source: Source, box_bytes: int = BOX_BYTES, inner: Sequence[int] = 
     if box_bytes < 1:
         raise ValueError(f"passes: box_bytes must be at least 1, got {box_bytes}")
     inner = tuple(inner)
-    if isinstance(source, ChunkedSource):
-        edges = list(source.edges)
-    else:
-        edges = [np.arange(n + 1) for n in source.shape]
+    edges = source.edges
     longest = [int(np.diff(edge).max()) for edge in edges]
     room = box_bytes // source.dtype.itemsize
     axes: list[tuple[slice, ...]] = [()] * len(edges)
@@ -162,7 +158,9 @@ def read_boxes(
     """All values of a source, once, in boxes of whole chunks: `(slices, values)`.
 
     Every chunk is read once, unless the source's cache holds it. A source larger than its cache is read past it, for a
-    pass would only wash it out. Memory: three boxes with `prefetch`, two without.
+    pass would only wash it out. Of views that holds where axes are permuted or padded with zeros; where they are split,
+    merged or padded by their last values boxes may share chunks, which are read again unless the cache keeps them.
+    Memory: three boxes with `prefetch`, two without.
 
     Args:
         source: anything `as_source` takes; its `retries` decide how often a chunk is tried again.
@@ -193,8 +191,8 @@ def read_boxes(
 
 
 def _boxes(source: Source, grid: BoxGrid, start: int, prefetch: bool | None) -> Iterator[tuple[Box, Tensor]]:
-    ahead = isinstance(source, ChunkedSource) if prefetch is None else prefetch
-    with source.streamed() if isinstance(source, ChunkedSource) else nullcontext():
+    ahead = source.chunks is not None if prefetch is None else prefetch
+    with source.streamed():
         if not ahead:
             for number in range(start, len(grid)):
                 yield grid[number], _read(source, grid, number)
