@@ -18,9 +18,9 @@ from cross_approx.source import Source, as_source
 from decompositions.formats.algebra import to_dense
 from decompositions.formats.network import Network
 from decompositions.linalg import accumulate_dtype
+from decompositions.progress import Progress, reporting
 
 Box = tuple[slice, ...]
-Progress = Callable[[int, int, str], None]
 Sums = dict[str, Tensor]
 
 BOX_BYTES = 1 << 24
@@ -153,7 +153,7 @@ def read_boxes(
     inner: Sequence[int] = (),
     start: int = 0,
     prefetch: bool | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> Iterator[tuple[Box, Inexact[Tensor, "..."]]]:
     """All values of a source, once, in boxes of whole chunks: `(slices, values)`.
 
@@ -168,7 +168,7 @@ def read_boxes(
         inner: axes along which boxes are long, and along which they follow one another.
         start: number of the first box; that of a `PassError` goes on where it stopped.
         prefetch: a thread reads the next box meanwhile. None: where there are chunks. The values are the same.
-        progress: called with (boxes done, boxes, text) after each.
+        progress: called with (boxes done, boxes, text) after each; True draws a bar on stderr.
 
     Raises:
         PassError: a chunk could not be read; boxes before it were yielded.
@@ -180,14 +180,15 @@ def read_boxes(
         >>> sum(float(values.sum()) for _, values in read_boxes(x, box_bytes=24))
         66.0
     """
+    reports = reporting("read_boxes", progress)
     opened = as_source(source)
     grid = box_grid(opened, box_bytes, inner)
     if not 0 <= start <= len(grid):
         raise ValueError(f"read_boxes: start must be a box number in 0..{len(grid)}, got {start}")
-    for number, (box, values) in enumerate(_boxes(opened, grid, start, prefetch), start + 1):
-        yield box, values
-        if progress is not None:
-            progress(number, len(grid), f"{number} of {len(grid)} boxes")
+    with reports as report:
+        for number, (box, values) in enumerate(_boxes(opened, grid, start, prefetch), start + 1):
+            yield box, values
+            report(number, len(grid), f"{number} of {len(grid)} boxes")
 
 
 def _boxes(source: Source, grid: BoxGrid, start: int, prefetch: bool | None) -> Iterator[tuple[Box, Tensor]]:
@@ -238,9 +239,10 @@ class Passes:
         seed: int = 0,
         box_bytes: int = BOX_BYTES,
         prefetch: bool | None = None,
-        progress: Progress | None = None,
+        progress: bool | Progress | None = None,
         resume: PassState | None = None,
     ) -> None:
+        reporting(name, progress)  # refused before anything is opened
         self.name, self.source = name, as_source(source, shape=shape)
         self.sizes = self.source.shape
         if not self.sizes or 0 in self.sizes:
@@ -277,18 +279,18 @@ class Passes:
             return state.done[number]
         if state.sums is None:
             state.sums, state.box = begin(grid), 0
-        try:
-            for box, values in _boxes(self.source, grid, state.box, self.prefetch):
-                state.within = True
-                if self.work == self.double:  # squares of numbers of single precision cannot vanish
-                    state.largest = max(state.largest, float(torch.linalg.vector_norm(values.flatten(), inf)))
-                step(state.sums, box, values)
-                state.box, state.within = state.box + 1, False
-                if self.progress is not None:
-                    self.progress(state.box, len(grid), f"pass {number + 1} ({text}): {state.box} of {len(grid)} boxes")
-        except PassError as error:
-            error.state = state
-            raise
+        with reporting(self.name, self.progress) as report:  # one bar a pass
+            try:
+                for box, values in _boxes(self.source, grid, state.box, self.prefetch):
+                    state.within = True
+                    if self.work == self.double:  # squares of numbers of single precision cannot vanish
+                        state.largest = max(state.largest, float(torch.linalg.vector_norm(values.flatten(), inf)))
+                    step(state.sums, box, values)
+                    state.box, state.within = state.box + 1, False
+                    report(state.box, len(grid), f"pass {number + 1} ({text}): {state.box} of {len(grid)} boxes")
+            except PassError as error:
+                error.state = state
+                raise
         self.history[-1] = self.history[-1]._replace(evaluations=self.evaluations)
         state.done.append(state.sums)
         state.sums = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decompositions.progress import Progress
 from tnlayers.calling import hidden_of, to_device
 from tnlayers.clock import Clock
 from tnlayers.compression.baselines import METHODS
@@ -29,7 +30,6 @@ from tnlayers.pretrained.model import Pretrained
 from tnlayers.recovery import distill, reconstruct
 from tnlayers.report import Report
 
-Progress = Callable[[int, int, str], None]
 GOALS = ("keep", "max_error", "max_params", "speed")
 WEIGHTINGS = {"full": "factor", "diagonal": "diagonal", "none": "none"}
 RECOVERIES = ("none", "distill", "blocks")

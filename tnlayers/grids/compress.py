@@ -1,6 +1,5 @@
 """`tnlayers grid compress`: open, decompose, code, write, read back, measure, draw."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import isfinite, prod
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from cross_approx import CrossResult, Quantization, Source
 from cross_approx.digits import Order
 from decompositions.formats.network import Network
+from decompositions.progress import Progress
 from tnlayers.clock import Clock
 from tnlayers.grids.coding import CODINGS, Coded
 from tnlayers.grids.fitting import SHARE, fit_bytes, fit_error
@@ -19,8 +19,6 @@ from tnlayers.grids.measures import Measures, compare_grid, statistics, toleranc
 from tnlayers.grids.opening import open_grid_source, stored_bytes, stored_dtype
 from tnlayers.grids.store import MARKS, PAGE_FILE, Grid, grid_folder, load_grid, plain, write_about, write_grid
 from tnlayers.pretrained.folder import free_target
-
-Progress = Callable[[int, int, str], None]
 
 TARGETS = ("tol", "psnr", "bytes")
 ORDERS = ("auto", "C", "F", "interleaved")
