@@ -242,7 +242,7 @@ class ChunkedSource(Source):
         except Exception:  # chunk by chunk it is tried again, and the one at fault is named
             return None
         self._lookups += chunks
-        self.chunks_read += chunks
+        self._count(chunks=chunks)
         self._bytes += box.nbytes
         return box
 
@@ -295,7 +295,7 @@ class ChunkedSource(Source):
             self._hits += 1
             return chunk
         chunk = self._read_again(name, key)
-        self.chunks_read += 1
+        self._count(chunks=1)
         self._bytes += chunk.nbytes
         self._cache.put(key, chunk)
         return chunk

@@ -81,7 +81,7 @@ class ClusterSource(ChunkedSource):
         super().__init__(
             base.shape, base.stored_dtype, grid, device=base.device, mask=base.mask, cache_bytes=cache_bytes
         )
-        self.packing, self.dtype, self._held, self._retries = base.packing, base.dtype, base._held, retries
+        self.packing, self._held, self._retries = base.packing, base._held, retries
         self._base, self._client, self._opened = base, client, None
         # a dask array is computed where the cluster wants; other stores are opened on the workers
         self._array: Any = base._array if isinstance(base, DaskSource) else None
@@ -160,8 +160,7 @@ class ClusterSource(ChunkedSource):
         if "failure" in answer:
             raise ChunkError(*answer["failure"])
         counters = answer["counters"]
-        self.evaluations += counters[0]
-        self.chunks_read += counters[1]
+        self._count(entries=counters[0], chunks=counters[1])
         self._bytes += counters[2]
         sums: Sums = answer["sums"]
         self.bytes_received += sum(part.numel() * part.element_size() for part in sums.values())
@@ -207,7 +206,7 @@ class ClusterSource(ChunkedSource):
                 continue
             taken, size = answer["taken"], answer["bytes"]
             self._hits += size == 0
-            self.chunks_read += size > 0
+            self._count(chunks=int(size > 0))
             self._bytes += size
             self.bytes_received += taken.nbytes
             values[part.place] = self.packing.unpack(self._tensor(taken))
@@ -328,7 +327,7 @@ def _answer_block(rules: ChunkedSource, block: Any, region: Box, take: Callable[
 def _sum_boxes(base: ChunkedSource, boxes: list[Box], function: Callable[[Tensor, Box], Sums]) -> dict[str, Any]:
     """On a worker: the sum over some boxes, in their order."""
     source = copy.copy(base)  # with counters of its own: a worker may have several threads
-    source.evaluations = source.chunks_read = source._bytes = 0
+    source._evaluations = source._chunks_read = source._bytes = 0
     total: Sums | None = None
     for box in boxes:
         try:

@@ -16,9 +16,10 @@ from cross_approx.held_out import HeldOut
 from cross_approx.reader import BATCH, LARGEST, Reader, open_source
 from cross_approx.result import CrossResult
 from cross_approx.source import as_source
-from cross_approx.tt import Progress, tt_cross
+from cross_approx.tt import tt_cross
 from decompositions.formats.tt import TT
 from decompositions.linalg import check_tol
+from decompositions.progress import Progress
 
 
 class SingularCrossing(ValueError):
@@ -46,7 +47,7 @@ def differentiable_cross(
     max_sweeps: int = 40,
     start: int | Int[Tensor, "p d"] = 2,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> CrossResult:
     """Tensor train through the entries of a cross, differentiable in these entries: `C_k = V_k S_k^-1`, `C_d = V_d`.
 

@@ -15,7 +15,6 @@ from cross_approx.passes import (
     BoxGrid,
     Passes,
     PassState,
-    Progress,
     Sums,
     decode_box,
     pieces,
@@ -34,6 +33,7 @@ from decompositions.linalg import (
     truncation_rank,
     usable_tol,
 )
+from decompositions.progress import Progress
 
 MEMORY_BYTES = 1 << 28
 """What a projected tensor, or a Gram matrix, may take."""
@@ -51,7 +51,7 @@ def tucker_gram(
     memory_bytes: int = MEMORY_BYTES,
     box_bytes: int = BOX_BYTES,
     prefetch: bool | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     resume: PassState | None = None,
 ) -> CrossResult:
     """Tucker decomposition of a source of any size: ST-HOSVD whose Gram matrices are summed chunk by chunk.
@@ -79,7 +79,7 @@ def tucker_gram(
         memory_bytes: largest projected tensor that is held, and largest Gram matrix.
         box_bytes: bytes read at a time, where chunks are not larger.
         prefetch: a thread reads ahead; None where there are chunks. It changes no bit of the result.
-        progress: called with (boxes done, boxes of this pass, text).
+        progress: called with (boxes done, boxes of this pass, text); True draws a bar a pass on stderr.
         resume: a `PassState` that keeps the sums, so that a pass that was stopped goes on.
 
     Returns:
@@ -126,7 +126,7 @@ def tt_gram(
     memory_bytes: int = MEMORY_BYTES,
     box_bytes: int = BOX_BYTES,
     prefetch: bool | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     resume: PassState | None = None,
 ) -> CrossResult:
     """Tensor train of a source of any size: TT-SVD from both ends, its Gram matrices summed chunk by chunk.

@@ -10,6 +10,9 @@ from torch import Tensor
 from cross_approx.maxvol_batch import dominant_rows_batch, more_rows_batch
 from decompositions.linalg import accumulate_dtype, check_tensor
 
+KEPT = 2.0
+"""How much larger the coefficient of another row has to be to displace a pivot of the sweep before, in a cross."""
+
 
 def maxvol(matrix: Inexact[Tensor, "*batch n r"], tau: int | float = 0.05) -> Int[Tensor, "*batch r"]:
     """Choose r rows of a tall matrix, or of each of a batch, whose square submatrix has dominant volume.

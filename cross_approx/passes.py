@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf, prod, sqrt
@@ -13,15 +12,15 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.chunked import ChunkedSource, ChunkError
+from cross_approx.chunked import ChunkError
 from cross_approx.result import CrossResult, Sweep
 from cross_approx.source import Source, as_source
 from decompositions.formats.algebra import to_dense
 from decompositions.formats.network import Network
 from decompositions.linalg import accumulate_dtype
+from decompositions.progress import Progress, reporting
 
 Box = tuple[slice, ...]
-Progress = Callable[[int, int, str], None]
 Sums = dict[str, Tensor]
 
 BOX_BYTES = 1 << 24
@@ -134,10 +133,7 @@ def box_grid(source: Source, box_bytes: int = BOX_BYTES, inner: Sequence[int] = 
     if box_bytes < 1:
         raise ValueError(f"passes: box_bytes must be at least 1, got {box_bytes}")
     inner = tuple(inner)
-    if isinstance(source, ChunkedSource):
-        edges = list(source.edges)
-    else:
-        edges = [np.arange(n + 1) for n in source.shape]
+    edges = source.edges
     longest = [int(np.diff(edge).max()) for edge in edges]
     room = box_bytes // source.dtype.itemsize
     axes: list[tuple[slice, ...]] = [()] * len(edges)
@@ -157,12 +153,14 @@ def read_boxes(
     inner: Sequence[int] = (),
     start: int = 0,
     prefetch: bool | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> Iterator[tuple[Box, Inexact[Tensor, "..."]]]:
     """All values of a source, once, in boxes of whole chunks: `(slices, values)`.
 
     Every chunk is read once, unless the source's cache holds it. A source larger than its cache is read past it, for a
-    pass would only wash it out. Memory: three boxes with `prefetch`, two without.
+    pass would only wash it out. Of views that holds where axes are permuted or padded with zeros; where they are split,
+    merged or padded by their last values boxes may share chunks, which are read again unless the cache keeps them.
+    Memory: three boxes with `prefetch`, two without.
 
     Args:
         source: anything `as_source` takes; its `retries` decide how often a chunk is tried again.
@@ -170,7 +168,7 @@ def read_boxes(
         inner: axes along which boxes are long, and along which they follow one another.
         start: number of the first box; that of a `PassError` goes on where it stopped.
         prefetch: a thread reads the next box meanwhile. None: where there are chunks. The values are the same.
-        progress: called with (boxes done, boxes, text) after each.
+        progress: called with (boxes done, boxes, text) after each; True draws a bar on stderr.
 
     Raises:
         PassError: a chunk could not be read; boxes before it were yielded.
@@ -182,19 +180,20 @@ def read_boxes(
         >>> sum(float(values.sum()) for _, values in read_boxes(x, box_bytes=24))
         66.0
     """
+    reports = reporting("read_boxes", progress)
     opened = as_source(source)
     grid = box_grid(opened, box_bytes, inner)
     if not 0 <= start <= len(grid):
         raise ValueError(f"read_boxes: start must be a box number in 0..{len(grid)}, got {start}")
-    for number, (box, values) in enumerate(_boxes(opened, grid, start, prefetch), start + 1):
-        yield box, values
-        if progress is not None:
-            progress(number, len(grid), f"{number} of {len(grid)} boxes")
+    with reports as report:
+        for number, (box, values) in enumerate(_boxes(opened, grid, start, prefetch), start + 1):
+            yield box, values
+            report(number, len(grid), f"{number} of {len(grid)} boxes")
 
 
 def _boxes(source: Source, grid: BoxGrid, start: int, prefetch: bool | None) -> Iterator[tuple[Box, Tensor]]:
-    ahead = isinstance(source, ChunkedSource) if prefetch is None else prefetch
-    with source.streamed() if isinstance(source, ChunkedSource) else nullcontext():
+    ahead = source.chunks is not None if prefetch is None else prefetch
+    with source.streamed():
         if not ahead:
             for number in range(start, len(grid)):
                 yield grid[number], _read(source, grid, number)
@@ -240,9 +239,10 @@ class Passes:
         seed: int = 0,
         box_bytes: int = BOX_BYTES,
         prefetch: bool | None = None,
-        progress: Progress | None = None,
+        progress: bool | Progress | None = None,
         resume: PassState | None = None,
     ) -> None:
+        reporting(name, progress)  # refused before anything is opened
         self.name, self.source = name, as_source(source, shape=shape)
         self.sizes = self.source.shape
         if not self.sizes or 0 in self.sizes:
@@ -279,18 +279,18 @@ class Passes:
             return state.done[number]
         if state.sums is None:
             state.sums, state.box = begin(grid), 0
-        try:
-            for box, values in _boxes(self.source, grid, state.box, self.prefetch):
-                state.within = True
-                if self.work == self.double:  # squares of numbers of single precision cannot vanish
-                    state.largest = max(state.largest, float(torch.linalg.vector_norm(values.flatten(), inf)))
-                step(state.sums, box, values)
-                state.box, state.within = state.box + 1, False
-                if self.progress is not None:
-                    self.progress(state.box, len(grid), f"pass {number + 1} ({text}): {state.box} of {len(grid)} boxes")
-        except PassError as error:
-            error.state = state
-            raise
+        with reporting(self.name, self.progress) as report:  # one bar a pass
+            try:
+                for box, values in _boxes(self.source, grid, state.box, self.prefetch):
+                    state.within = True
+                    if self.work == self.double:  # squares of numbers of single precision cannot vanish
+                        state.largest = max(state.largest, float(torch.linalg.vector_norm(values.flatten(), inf)))
+                    step(state.sums, box, values)
+                    state.box, state.within = state.box + 1, False
+                    report(state.box, len(grid), f"pass {number + 1} ({text}): {state.box} of {len(grid)} boxes")
+            except PassError as error:
+                error.state = state
+                raise
         self.history[-1] = self.history[-1]._replace(evaluations=self.evaluations)
         state.done.append(state.sums)
         state.sums = None

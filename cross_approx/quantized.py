@@ -13,9 +13,10 @@ from cross_approx.digits import ORDERS, Quantization
 from cross_approx.folded import FoldedReader, RealEntries
 from cross_approx.reader import LimitReached, Reader, check_limits, open_source
 from cross_approx.result import CrossResult
-from cross_approx.tt import Progress, _check_start, _Search, run_search
+from cross_approx.tt import _check_start, _Search, run_search
 from decompositions.formats.tt import chain_ranks
 from decompositions.linalg import check_ranks, check_tol
+from decompositions.progress import Progress, reporting
 
 PROBE_TOL = 1e-4
 """The error at which orders of digits are compared, unless the tolerance is larger."""
@@ -41,7 +42,7 @@ def qtt_cross(
     start: int | Int[Tensor, "p d"] = 2,
     held_out: int = 1000,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> CrossResult:
     """Quantized tensor train (QTT) from few entries: `tt_cross` over the digits of the indices, axes of any size.
 
@@ -77,7 +78,8 @@ def qtt_cross(
         start: number of start points, or the points themselves, as indices of the axes.
         held_out: entries of the last check; a fifth of it guides the sweeps.
         generator: of samples and of random columns.
-        progress: called with (sweep, max_sweeps, text) after every sweep that is not of the probe.
+        progress: called with (sweep, max_sweeps, text) after every sweep that is not of the probe; True
+            draws a bar on stderr.
 
     Returns:
         CrossResult with a TT over the digits and `quantization`, which maps indices to digits; `pivots` are in digits,
@@ -102,6 +104,7 @@ def qtt_cross(
         >>> digits.shape[1] == len(result.network.cores)
         True
     """
+    reports = reporting("qtt_cross", progress)
     opened = open_source("qtt_cross", source, shape)
     check_tol("qtt_cross", tol)
     check_limits(
@@ -134,7 +137,8 @@ def qtt_cross(
         best = min(range(len(searches)), key=lambda k: _score(searches[k]))
         searches[best].aim(float(tol), caps[best])
     first = starts[best] if len(layouts) == 1 else None
-    result = run_search(searches[best], first, held_out, max_sweeps, progress)
+    with reports as report:
+        result = run_search(searches[best], first, held_out, max_sweeps, report)
     return replace(result, quantization=layouts[best])
 
 

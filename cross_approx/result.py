@@ -17,6 +17,11 @@ class Sweep(NamedTuple):
     error: float
     rank: int
 
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"error {self.error:.1e}, rank {self.rank}, {self.evaluations} evaluations"
+
 
 @dataclass(frozen=True, eq=False)
 class CrossResult:

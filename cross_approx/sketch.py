@@ -11,7 +11,7 @@ from jaxtyping import Inexact
 from torch import Tensor
 
 from cross_approx.frames import Chain, Frame, Star, contract, project_box
-from cross_approx.passes import BOX_BYTES, Box, BoxGrid, Passes, PassState, Progress, Sums, pieces, squared_norm
+from cross_approx.passes import BOX_BYTES, Box, BoxGrid, Passes, PassState, Sums, pieces, squared_norm
 from cross_approx.result import CrossResult
 from decompositions.formats.algebra import to_dense
 from decompositions.formats.gauge import orthogonalize
@@ -20,6 +20,7 @@ from decompositions.formats.network import Network
 from decompositions.formats.tt import TT, chain_ranks
 from decompositions.formats.tucker import Tucker
 from decompositions.linalg import TruncationWarning, check_ranks, check_tol, frobenius, full_precision
+from decompositions.progress import Progress
 from decompositions.tucker import st_hosvd
 
 PROBES = 32
@@ -42,7 +43,7 @@ def tucker_sketch(
     generator: torch.Generator | None = None,
     box_bytes: int = BOX_BYTES,
     prefetch: bool | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     resume: PassState | None = None,
 ) -> CrossResult:
     """Tucker decomposition from random sketches: `V_k = A_(k) Ω_k` and, in one pass, `H = A x_1 Φ_1 ... x_d Φ_d`.
@@ -181,7 +182,7 @@ def tt_sketch(
     generator: torch.Generator | None = None,
     box_bytes: int = BOX_BYTES,
     prefetch: bool | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     resume: PassState | None = None,
 ) -> CrossResult:
     """Tensor train from sketches on both sides: `Ψ_k = (L_(k-1) x I x R_k) A`, `Ω_k = L_k A R_k`.
@@ -360,7 +361,7 @@ class _Sketch:
     def __init__(
         self, name: str, source: Any, shape: Any, rank: Any, tol: Any, passes: int, oversampling: int | None,
         samples: int, generator: torch.Generator | None, box_bytes: int, prefetch: bool | None,
-        progress: Progress | None, resume: PassState | None,
+        progress: bool | Progress | None, resume: PassState | None,
     ) -> None:  # fmt: skip
         check_tol(name, tol)
         if passes not in (1, 2):

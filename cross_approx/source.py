@@ -1,8 +1,9 @@
-"""Tensors that are asked for some of their entries: in memory, or computed by a function."""
+"""Tensors that are asked for some of their entries."""
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from numbers import Integral
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.packing import Packing, natural_dtype, packing, to_torch, torch_dtype
+from cross_approx.packing import Packing
 
 CACHE_BYTES = 1 << 28
 CHUNK_BYTES = 1 << 22
@@ -26,13 +27,10 @@ class Source(ABC):
 
     Attributes:
         shape: sizes of the modes.
-        dtype: of the values, floating or complex.
         device: where the values are.
         chunks: sizes of the largest chunk that is read at once; None where entries are read one by one.
         mask: a source of the same shape, nonzero where an entry is missing, or None.
         packing: how stored numbers become values.
-        evaluations: entries asked for so far, repeated ones counted again.
-        chunks_read: chunks read so far (a chunk that was dropped and is read again counts again).
 
     Example:
         >>> import torch
@@ -51,14 +49,47 @@ class Source(ABC):
     ) -> None:
         self.shape = tuple(int(n) for n in shape)
         self.packing = packing
-        self.dtype = packing.dtype
         self.device = device
         self.mask = mask
-        self.evaluations = 0
-        self.chunks_read = 0
-        self._bytes = self._hits = self._lookups = 0
+        self._evaluations = self._chunks_read = self._bytes = self._hits = self._lookups = 0
         if mask is not None and mask.shape != self.shape:
             raise ValueError(f"as_source: the mask must have the source's shape {self.shape}, got {mask.shape}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values, floating or complex."""
+        return self.packing.dtype
+
+    @property
+    def edges(self) -> tuple[np.ndarray, ...]:
+        """Of every axis, where its chunks begin, and its end: chunk c holds `edges[c] ... edges[c + 1] - 1`.
+
+        Without `chunks` every index is one.
+        """
+        chunks = self.chunks or (1,) * len(self.shape)
+        return tuple(np.append(np.arange(0, n, c), n) for n, c in zip(self.shape, chunks, strict=True))
+
+    def streamed(self) -> AbstractContextManager[None]:
+        """Around a pass over everything in boxes of whole chunks: a cache it would only wash out is left alone.
+
+        Nothing by default: without a cache, or where boxes share chunks and need it.
+        """
+        return nullcontext()
+
+    @property
+    def evaluations(self) -> int:
+        """Entries asked for so far, repeated ones counted again."""
+        return self._evaluations
+
+    @property
+    def chunks_read(self) -> int:
+        """Chunks read so far (a chunk that was dropped and is read again counts again)."""
+        return self._chunks_read
+
+    def _count(self, *, entries: int = 0, chunks: int = 0) -> None:
+        """Entries that were asked for, chunks that were read."""
+        self._evaluations += entries
+        self._chunks_read += chunks
 
     @property
     def bytes_read(self) -> int:
@@ -91,7 +122,7 @@ class Source(ABC):
             ChunkError: a chunk could not be read; it holds the values of the others.
         """
         index = self._checked("entries", index)
-        self.evaluations += len(index)
+        self._count(entries=len(index))
         if len(index) == 0:
             return torch.empty(0, dtype=self.dtype, device=self.device)
         values = self._entries(index)
@@ -116,7 +147,7 @@ class Source(ABC):
         axis = int(axis)
         index = self._checked("fibers", index, skip=axis)
         shape = (len(index), self.shape[axis])
-        self.evaluations += prod(shape)
+        self._count(entries=prod(shape))
         if prod(shape) == 0:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         values = self._fibers(index, axis)
@@ -143,7 +174,7 @@ class Source(ABC):
         """
         ranges = self._ranges(slices)
         shape = tuple(len(r) for r in ranges)
-        self.evaluations += prod(shape)
+        self._count(entries=prod(shape))
         if prod(shape) == 0:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         values = self._slab(ranges)
@@ -222,183 +253,6 @@ class Source(ABC):
         return values
 
 
-class TensorSource(Source):
-    """Entries of a torch tensor; gradients flow through them.
-
-    Args:
-        x: the tensor, on any device.
-        dtype, scale, offset, fill_value, missing: as in `as_source`.
-        mask: source that is nonzero where an entry is missing.
-
-    Example:
-        >>> import torch
-        >>> TensorSource(torch.eye(3)).slab((slice(0, 2), slice(1, 3))).tolist()
-        [[0.0, 0.0], [1.0, 0.0]]
-    """
-
-    def __init__(self, x: Tensor, *, dtype: torch.dtype | None = None, mask: Source | None = None, **stored: Any):
-        if x.layout is not torch.strided or x.is_quantized or x.is_meta:
-            raise TypeError(f"as_source: expected a dense tensor with data, got {x.layout} on {x.device}; densify it")
-        super().__init__(x.shape, packing("as_source", x.dtype, dtype=dtype, **stored), x.device, mask)
-        self._x = x
-
-    def _values(self, stored: Tensor) -> Tensor:
-        self._bytes += stored.numel() * stored.element_size()
-        return self.packing.unpack(stored)
-
-    def _entries(self, index: Tensor) -> Tensor:
-        if not self.shape:
-            return self._values(self._x.repeat(len(index)))
-        return self._values(self._x[index.to(self.device).unbind(1)])
-
-    def _fibers(self, index: Tensor, axis: int) -> Tensor:
-        rest = torch.cat((index[:, :axis], index[:, axis + 1 :]), 1).to(self.device)
-        fibers = self._x.movedim(axis, -1)
-        return self._values(fibers[rest.unbind(1)] if rest.shape[1] else fibers.repeat(len(index), 1))
-
-    def _slab(self, ranges: list[range]) -> Tensor:
-        return self._values(self._x[tuple(slice(r.start, r.stop, r.step) for r in ranges)]).clone()
-
-
-class ArraySource(Source):
-    """Entries of a numpy array or memmap: any byte order and strides; of a memmap only the pages asked for are read.
-
-    Args:
-        x: the array. The mask of a masked array counts as `mask`, unless that is given.
-        device: of the values, the CPU if None.
-        dtype, scale, offset, fill_value, missing: as in `as_source`.
-        mask: source that is nonzero where an entry is missing.
-
-    Example:
-        >>> import numpy as np, torch
-        >>> ArraySource(np.asfortranarray(np.eye(3, dtype=">f8"))).entries(torch.tensor([[2, 2], [0, 1]]))
-        tensor([1., 0.], dtype=torch.float64)
-    """
-
-    def __init__(
-        self,
-        x: np.ndarray,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        mask: Source | None = None,
-        **stored: Any,
-    ) -> None:
-        if isinstance(x, np.ma.MaskedArray):
-            hidden = np.ma.getmask(x)
-            mask = ArraySource(np.asarray(hidden)) if mask is None and hidden is not np.ma.nomask else mask
-            x = np.ma.getdata(x)
-        pack = packing("as_source", torch_dtype("as_source", x.dtype), dtype=dtype, **stored)
-        super().__init__(x.shape, pack, torch.device(device or "cpu"), mask)
-        self._x = x
-
-    def _values(self, stored: Any) -> Tensor:
-        values = to_torch(stored)
-        self._bytes += values.numel() * values.element_size()
-        return self.packing.unpack(values).to(self.device)
-
-    def _entries(self, index: Tensor) -> Tensor:
-        if not self.shape:
-            return self._values(np.broadcast_to(self._x, len(index)))
-        return self._values(self._x[tuple(index.cpu().numpy().T)])
-
-    def _fibers(self, index: Tensor, axis: int) -> Tensor:
-        rest = np.delete(index.cpu().numpy(), axis, 1)
-        fibers = np.moveaxis(self._x, axis, -1)
-        # without other axes every fiber is the array itself
-        return self._values(
-            fibers[tuple(rest.T)] if rest.shape[1] else np.broadcast_to(fibers, (len(rest), len(fibers)))
-        )
-
-    def _slab(self, ranges: list[range]) -> Tensor:
-        return self._values(self._x[tuple(slice(r.start, r.stop, r.step) for r in ranges)])
-
-
-class FunctionSource(Source):
-    """Entries computed by a function of the index; gradients flow through them.
-
-    Args:
-        function: maps indices (B, d), int64, to values (B,), a tensor or an array; with `vectorize`, d Python integers
-            to one number.
-        shape: sizes of the modes.
-        dtype: of the values. None evaluates the entry (0, ..., 0) once to see it, and counts that evaluation.
-        device: where the indices are given and the values returned, the CPU if None.
-        vectorize: the function takes one index at a time.
-        batch: at most so many indices in one call.
-
-    Raises:
-        ValueError: a wrong shape, values of another shape than (B,).
-        TypeError: complex values where `dtype` is real, values that are no numbers.
-
-    Example:
-        >>> import torch
-        >>> source = FunctionSource(lambda index: 1.0 / (1 + index.sum(1)), (4, 4))
-        >>> source.entries(torch.tensor([[1, 2]])), source.evaluations
-        (tensor([0.2500]), 2)
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        vectorize: bool = False,
-        batch: int | None = None,
-    ) -> None:
-        if isinstance(shape, int) or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 0 for n in shape):
-            raise ValueError(f"as_source: shape must be a tuple of sizes >= 0, got {shape!r}")
-        if batch is not None and batch < 1:
-            raise ValueError(f"as_source: batch must be at least 1, got {batch}")
-        self._function = function
-        self._vectorize, self._batch = vectorize, batch
-        device = torch.device(device or "cpu")
-        # float64 stands in for the probe: packing refuses a dtype that is not of values
-        super().__init__(shape, packing("as_source", torch.float64, dtype=dtype), device)
-        self.probed: Tensor | None = None  # value of the entry (0, ..., 0), where its dtype was asked for
-        if dtype is None and 0 not in self.shape:
-            self.evaluations += 1
-            with torch.no_grad():
-                probed = self._call(torch.zeros(1, len(self.shape), dtype=torch.int64, device=device))
-            self.packing = Packing(natural_dtype(probed.dtype))
-            self.dtype = self.packing.dtype
-            self.probed = probed.detach().to(self.dtype)
-            self._bytes += self.probed.numel() * self.probed.element_size()
-
-    def _call(self, index: Tensor) -> Tensor:
-        values: Any
-        if self._vectorize:
-            numbers = [self._function(*row) for row in index.tolist()]
-            if any(isinstance(number, Tensor) for number in numbers):
-                values = torch.stack([torch.as_tensor(number, device=self.device) for number in numbers])
-            else:  # numpy keeps float32 scalars and Python floats (double) apart
-                values = np.asarray(numbers)
-        else:
-            values = self._function(index)
-        if isinstance(values, np.ndarray):
-            torch_dtype("as_source", values.dtype)
-            values = to_torch(values)
-        if not isinstance(values, Tensor):
-            raise TypeError(f"as_source: the function must return a tensor or an array, got {type(values).__name__}")
-        if values.shape != (len(index),):
-            raise ValueError(
-                f"as_source: the function must return one value an index, expected shape (B = {len(index)},), "
-                f"got {tuple(values.shape)}; it takes indices (B, d), or d integers with vectorize=True"
-            )
-        return values
-
-    def _entries(self, index: Tensor) -> Tensor:
-        parts = []
-        for block in index.to(self.device).split(self._batch or len(index)):
-            values = self._call(block)
-            if values.is_complex() and not self.dtype.is_complex:
-                raise TypeError(f"as_source: expected values of {self.dtype}, got {values.dtype}; pass dtype=")
-            parts.append(values.to(self.device, self.dtype))
-            self._bytes += parts[-1].numel() * parts[-1].element_size()
-        return torch.cat(parts)
-
-
 def as_source(
     x: Any,
     *,
@@ -456,6 +310,8 @@ def as_source(
         >>> source.slab((slice(None), slice(None))).tolist()
         [[0.5, 1.0], [1.5, 0.0]]
     """
+    from cross_approx.in_memory import ArraySource, FunctionSource, TensorSource  # it imports this module
+
     stored: dict[str, Any] = {"scale": scale, "offset": offset, "fill_value": fill_value, "missing": missing}
     is_function = callable(x)
     if not is_function and (vectorize or batch is not None):

@@ -1,6 +1,6 @@
 """Tensor trains from few entries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from math import inf, sqrt
 from numbers import Integral
@@ -12,18 +12,14 @@ from torch import Tensor
 
 from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
 from cross_approx.held_out import HeldOut
-from cross_approx.maxvol import dominant_rows, more_rows
+from cross_approx.maxvol import KEPT, dominant_rows, more_rows
 from cross_approx.reader import Entries, LimitReached, Reader, check_limits, norm, open_source
 from cross_approx.result import CrossResult, Sweep
 from cross_approx.slabs import fit_capped_train
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
 from decompositions.linalg import check_ranks, check_tol, safe_svd
-
-Progress = Callable[[int, int, str], None]
-
-KEPT = 2.0
-"""How much larger the coefficient of another row has to be to displace a pivot of the sweep before."""
+from decompositions.progress import Progress, reporting
 
 PROBES = 6
 """Rows, at least, in which a further column is compared with what the others say about it before it is read."""
@@ -43,7 +39,7 @@ def tt_cross(
     chunk_fraction: int | float | None = None,
     held_out: int = 1000,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> CrossResult:
     """Tensor train from few entries: `A ≈ C_1 P_1^-1 C_2 P_2^-1 ... C_d` with fibers C_k and crossings P_k.
 
@@ -84,7 +80,7 @@ def tt_cross(
             train is then fitted to slabs, as `tucker_cross` does. None: all.
         held_out: entries of the last check; a fifth of it guides the sweeps.
         generator: of samples and of random columns.
-        progress: called with (sweep, max_sweeps, text) after every sweep.
+        progress: called with (sweep, max_sweeps, text) after every sweep; True draws a bar on stderr.
 
     Returns:
         CrossResult with a TT in the dtype of the source; `pivots[k]` are the index sets of bond k in the direction of
@@ -106,6 +102,7 @@ def tt_cross(
         >>> result.converged, result.error <= 1e-6, result.evaluations < 100_000
         (True, True, True)
     """
+    reports = reporting("tt_cross", progress)
     opened = open_source("tt_cross", source, shape)
     check_tol("tt_cross", tol)
     limits = {"max_evals": max_evals, "max_bytes": max_bytes, "max_seconds": max_seconds, "max_sweeps": max_sweeps}
@@ -118,11 +115,12 @@ def tt_cross(
     reader = Reader("tt_cross", known, max_evals, max_bytes, max_seconds, reserve=held_out)
     monitor = monitor_of(reader, max(2, held_out // 5), generator, choice)
     search = _Search(reader, monitor, float(tol), caps, generator, choice)
-    return run_search(search, points, held_out, max_sweeps, progress)
+    with reports as report:
+        return run_search(search, points, held_out, max_sweeps, report)
 
 
 def run_search(
-    search: "_Search", start: int | Tensor | None, held_out: int, max_sweeps: int, progress: Progress | None
+    search: "_Search", start: int | Tensor | None, held_out: int, max_sweeps: int, report: Progress
 ) -> CrossResult:
     """Sweep until tol, a limit or a standstill; from start points, or (None) on from where the search is."""
     reason = f"max_sweeps = {max_sweeps}"
@@ -131,10 +129,7 @@ def run_search(
             search.begin(start)
         for number in range(1, max_sweeps + 1):
             search.sweep()
-            if progress is not None:
-                line = search.history[-1]
-                text = f"error {line.error:.1e}, rank {line.rank}, {line.evaluations} evaluations"
-                progress(number, max_sweeps, text)
+            report(number, max_sweeps, search.history[-1].text)
             verdict = search.verdict(held_out)
             if verdict is not None:
                 reason = verdict

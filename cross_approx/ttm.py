@@ -13,12 +13,13 @@ from cross_approx.digits import Quantization
 from cross_approx.folded import FoldedReader, RealEntries
 from cross_approx.reader import Reader, check_limits, open_source
 from cross_approx.result import CrossResult
-from cross_approx.tt import Progress, _check_start, _Search, run_search
+from cross_approx.tt import _check_start, _Search, run_search
 from cross_approx.views import merge_tail
 from decompositions.formats.modes import check_paired
 from decompositions.formats.tt import TT, chain_ranks, chain_shapes
 from decompositions.formats.tt_matrix import TTMatrix
 from decompositions.linalg import check_ranks, check_tol
+from decompositions.progress import Progress, reporting
 from decompositions.tt import matrix_modes
 
 
@@ -38,7 +39,7 @@ def ttm_cross(
     start: int | Int[Tensor, "p 2"] = 2,
     held_out: int = 1000,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> CrossResult:
     """TT-matrix from few entries: `W(i_1..i_d, j_1..j_d) ≈ G_1(i_1, j_1) ... G_d(i_d, j_d)` by `tt_cross` over pairs.
 
@@ -67,7 +68,7 @@ def ttm_cross(
         start: number of start points, or the points themselves, as (row, column).
         held_out: entries of the last check; a fifth of it guides the sweeps.
         generator: of samples and of random columns.
-        progress: called with (sweep, max_sweeps, text) after every sweep.
+        progress: called with (sweep, max_sweeps, text) after every sweep; True draws a bar on stderr.
 
     Returns:
         CrossResult with a TTMatrix in the dtype of the source; `pivots` are index sets of the pairs, `i_k n_k + j_k`.
@@ -88,6 +89,7 @@ def ttm_cross(
         >>> result.converged, result.network.ranks, result.network.shape
         (True, (2, 2), (10, 10, 10, 9, 10, 10))
     """
+    reports = reporting("ttm_cross", progress)
     opened = open_source("ttm_cross", source, shape)
     check_tol("ttm_cross", tol)
     check_limits(
@@ -129,7 +131,8 @@ def ttm_cross(
     monitor = RealEntries(folded, max(2, held_out // 5), generator)
     search = _Search(folded, monitor, float(tol), caps, generator)
     first = points if isinstance(points, int) else fold(points)
-    result = run_search(search, first, held_out, max_sweeps, progress)
+    with reports as report:
+        result = run_search(search, first, held_out, max_sweeps, report)
     cores = cast(TT, result.network).cores
     shapes = chain_shapes(pairs, [core.shape[-1] for core in cores[:-1]])
     net = TTMatrix([core.reshape(shape) for core, shape in zip(cores, shapes, strict=True)])

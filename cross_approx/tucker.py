@@ -1,6 +1,6 @@
 """Tucker tensors from few entries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf, prod, sqrt
 from typing import Any
 
@@ -11,18 +11,14 @@ from torch.nn.functional import avg_pool1d
 
 from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
 from cross_approx.held_out import HeldOut
-from cross_approx.maxvol import dominant_rows
+from cross_approx.maxvol import KEPT, dominant_rows
 from cross_approx.reader import LimitReached, Reader, check_limits, open_source
 from cross_approx.result import CrossResult, Sweep
 from cross_approx.sampled_fit import fit_tucker
 from cross_approx.slabs import read_slabs, slab_basis
 from decompositions.formats.tucker import Tucker
 from decompositions.linalg import check_ranks, check_tol, safe_svd
-
-Progress = Callable[[int, int, str], None]
-
-KEPT = 2.0
-"""How much larger the coefficient of another row has to be to displace a pivot of the sweep before."""
+from decompositions.progress import Progress, reporting
 
 FIT_SWEEPS = 3
 """Sweeps of alternating least squares where the ranks are capped."""
@@ -41,7 +37,7 @@ def tucker_cross(
     chunk_fraction: int | float | None = None,
     held_out: int = 1000,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> CrossResult:
     """Tucker tensor from few entries: `A ≈ A[I_1, ..., I_d] x_1 U_1 U_1[I_1]^-1 ... x_d U_d U_d[I_d]^-1`.
 
@@ -74,7 +70,7 @@ def tucker_cross(
             in a few columns of chunks, and the uniform held-out entries come from some random chunks. None: all.
         held_out: entries of the last check; a fifth of it guides the sweeps.
         generator: of samples and fibers.
-        progress: called with (sweep, max_sweeps, text) after every sweep.
+        progress: called with (sweep, max_sweeps, text) after every sweep; True draws a bar on stderr.
 
     Returns:
         CrossResult with a Tucker in the dtype of the source; `pivots[k]` is I_k. Where a limit ends the search it is
@@ -96,6 +92,7 @@ def tucker_cross(
         >>> result.converged, result.error <= 1e-6, result.evaluations < 60 * 50 * 40 // 10
         (True, True, True)
     """
+    reports = reporting("tucker_cross", progress)
     opened = open_source("tucker_cross", source, shape)
     check_tol("tucker_cross", tol)
     limits = {"max_evals": max_evals, "max_bytes": max_bytes, "max_seconds": max_seconds, "max_sweeps": max_sweeps}
@@ -108,21 +105,18 @@ def tucker_cross(
     )
     search = _Search(reader, choice, float(tol), caps, held_out, generator)
     reason = f"max_sweeps = {max_sweeps}"
-    try:
-        search.begin()
-        for number in range(1, max_sweeps + 1):
-            search.sweep()
-            if progress is not None:
-                line = search.history[-1]
-                progress(
-                    number, max_sweeps, f"error {line.error:.1e}, rank {line.rank}, {line.evaluations} evaluations"
-                )
-            verdict = search.verdict()
-            if verdict is not None:
-                reason = verdict
-                break
-    except LimitReached as limit:
-        reason = str(limit)
+    with reports as report:
+        try:
+            search.begin()
+            for number in range(1, max_sweeps + 1):
+                search.sweep()
+                report(number, max_sweeps, search.history[-1].text)
+                verdict = search.verdict()
+                if verdict is not None:
+                    reason = verdict
+                    break
+        except LimitReached as limit:
+            reason = str(limit)
     return search.result(reason if choice is None else reason + choice.reach)
 
 

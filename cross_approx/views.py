@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ class View(Source):
     Every request becomes one request of the base (a slab or fibers where the index arithmetic allows, else entries), so
     the base groups it by chunk, caches, counts and refuses; its index stands in the messages. `evaluations`,
     `bytes_read`, `chunks_read` and `hit_rate` are those of the base, whoever asked it. `chunks` is None where axes are
-    split or merged: a chunk of the base need not be a box there.
+    split or merged: a chunk of the base need not be a box there. Elsewhere `edges` are the base's.
 
     Args:
         base: the source.
@@ -40,10 +41,6 @@ class View(Source):
         dtype: torch.dtype = self.base.dtype
         return dtype
 
-    @dtype.setter
-    def dtype(self, dtype: torch.dtype) -> None:
-        pass
-
     @property
     def probed(self) -> Tensor | None:
         """What a base that is a function showed of its entry (0, ..., 0), which is that of every view."""
@@ -55,18 +52,13 @@ class View(Source):
         """Entries the base was asked for so far."""
         return int(self.base.evaluations)
 
-    @evaluations.setter
-    def evaluations(self, count: int) -> None:
-        pass  # the base counts
-
     @property
     def chunks_read(self) -> int:
         """Chunks the base has read so far."""
         return int(self.base.chunks_read)
 
-    @chunks_read.setter
-    def chunks_read(self, count: int) -> None:
-        pass
+    def _count(self, *, entries: int = 0, chunks: int = 0) -> None:
+        """The base counts."""
 
     @property
     def bytes_read(self) -> int:
@@ -99,6 +91,16 @@ class _Permuted(View):
         self._back = [axes.index(k) for k in range(len(axes))]
         super().__init__(base, [base.shape[k] for k in axes])
         self.chunks = None if base.chunks is None else tuple(base.chunks[k] for k in axes)
+
+    @property
+    def edges(self) -> tuple[np.ndarray, ...]:
+        """Those of the base."""
+        return tuple(self.base.edges[k] for k in self.axes)
+
+    def streamed(self) -> AbstractContextManager[None]:
+        """As the base: its boxes of whole chunks are the view's."""
+        streamed: AbstractContextManager[None] = self.base.streamed()
+        return streamed
 
     def _index(self, index: Tensor) -> Tensor:
         return index[:, self._back]
@@ -182,6 +184,20 @@ class _Padded(View):
         super().__init__(base, shape)
         self.chunks = base.chunks
         self._last = torch.tensor(tuple(base.shape)) - 1
+
+    @property
+    def edges(self) -> tuple[np.ndarray, ...]:
+        """Those of the base; beyond it the last chunk is filled up to the largest size, and others follow."""
+        sizes = self.chunks or (1,) * len(self.shape)
+        return tuple(
+            np.concatenate((edge[:-1], np.arange(edge[-2] + size, n, size), [n]))
+            for edge, size, n in zip(self.base.edges, sizes, self.shape, strict=True)
+        )
+
+    def streamed(self) -> AbstractContextManager[None]:
+        """As the base, if zeros are beyond it; its last values are asked for again and again."""
+        streamed: AbstractContextManager[None] = self.base.streamed() if self.fill == "zero" else super().streamed()
+        return streamed
 
     def _index(self, index: Tensor) -> Tensor:
         return index.minimum(self._last.to(index.device))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cross_approx import ZarrSource, tt_cross, tucker_cross
+from cross_approx import ZarrSource, permute_axes, tt_cross, tucker_cross
 from cross_approx.chunk_choice import ChunkChoice, ChunkHeldOut, KnownSource, stored_chunks
 from cross_approx.chunked import ChunkedSource, regular
 from cross_approx.reader import Reader
@@ -149,6 +149,25 @@ def test_capped_cross_of_a_blob(zarr, cross, best):
     error = distance(result.network, x)
     assert error <= 10 ** (1 / 20) * distance(best(x, rank=8), x)
     assert 0.7 <= result.error / error <= 1.5
+
+
+def test_a_permuted_store_of_uneven_chunks_is_chosen_from_by_its_chunks(rng):
+    """The view's chunks are the base's, not those of the largest size: what may be touched is never passed."""
+
+    class Uneven(Chunks):
+        def __init__(self, x):
+            ChunkedSource.__init__(self, x.shape, F64, [(3, 8, 5, 8), (8, 2, 8, 6), (6, 8, 8, 2)])
+            self.x, self.touched = x, set()
+
+    x = low_rank(TT, (24, 24, 24), 2, rng)
+    source = Uneven(x.numpy())
+    view = permute_axes(source, (2, 0, 1))
+    choice = ChunkChoice("tt_cross", view, 0.6, rng)
+    assert [length.tolist() for length in choice.lengths] == [[6, 8, 8, 2], [3, 8, 5, 8], [8, 2, 8, 6]]
+    result = tt_cross(view, tol=1e-10, chunk_fraction=0.6, generator=rng)
+    assert result.converged, result.reason
+    assert distance(result.network, x.permute(2, 0, 1)) <= 1e-9
+    assert source.bytes_read <= 0.6 * x.numel() * 8
 
 
 @pytest.mark.parametrize("shape", [(13, 11, 9), (7, 10, 6), (23, 17, 5)])

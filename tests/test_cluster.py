@@ -13,7 +13,7 @@ import torch
 from cross_approx import ChunkError, ClusterSource, as_source, tt_cross
 from cross_approx.chunked import ChunkedSource, regular
 from cross_approx.cluster import _answer, _compact, _sum_boxes, _sum_sums
-from cross_approx.source import ArraySource
+from cross_approx.in_memory import ArraySource
 from decompositions import to_dense
 
 pytestmark = pytest.mark.dist

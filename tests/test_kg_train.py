@@ -274,6 +274,19 @@ def test_patience_alone_validates_every_ten_epochs_and_at_the_end(monkeypatch, u
 # --- files ---
 
 
+def test_a_bar_of_the_training(capfd, unchecked):
+    train(Bilinear(graph()), graph(), epochs=2, batch_size=32, seed=0, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "100%" in err
+    assert "epoch" in err
+    model = Bilinear(graph())
+    before = bits(model)
+    with pytest.raises(TypeError, match="train: progress must be True, False or a callable, got 'yes'"):
+        train(model, graph(), epochs=1, progress="yes")
+    assert equal(bits(model), before)
+
+
 def test_log_progress_and_tensorboard(tmp_path):
     log, seen = tmp_path / "logs" / "run.jsonl", []
     options = {"batch_size": 32, "lr": 0.02, "every": 2, "seed": 0, "log": log}

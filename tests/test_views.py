@@ -1,6 +1,7 @@
 """Views of sources: the tensor they stand for, the base's chunks, counts, refusals and gradients."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from cross_approx import (
     ChunkedSource,
     Quantization,
+    Source,
     as_source,
     merge_axes,
     pad_axes,
     permute_axes,
+    read_boxes,
     split_axis,
     split_digits,
 )
@@ -192,6 +195,96 @@ def test_chunks_of_permuted_and_padded_axes_are_those_of_the_base():
     assert permute_axes(base, (2, 0, 1)).chunks == (4, 3, 2)
     assert pad_axes(base, (9, 9, 9)).chunks == (3, 2, 4)
     assert split_axis(base, 0, (2, 2)).chunks is None
+
+
+class Uneven(Grid):
+    """Chunks of different sizes; writes down in which thread they are read."""
+
+    def __init__(self, **options):
+        sizes = [(1, 3), (2, 2, 1, 1), (5,)]
+        ChunkedSource.__init__(self, X.shape, F64, sizes, backoff=0, **options)
+        self.array, self.asked, self.threads = X.numpy(), [], set()
+
+    def _read(self, key, region):
+        self.threads.add(threading.current_thread().name.rpartition("_")[0])
+        return super()._read(key, region)
+
+
+WHOLE = {  # views whose chunks are those of the base
+    "permuted": (lambda s: permute_axes(s, (2, 0, 1)), X.permute(2, 0, 1)),
+    "padded zero": (lambda s: pad_axes(s, (9, 7, 23)), padded(X, (9, 7, 23), "zero")),
+    "permuted of padded": (
+        lambda s: permute_axes(pad_axes(s, (4, 13, 5)), (1, 2, 0)),
+        padded(X, (4, 13, 5), "zero").permute(1, 2, 0),
+    ),
+    "padded of permuted": (
+        lambda s: pad_axes(permute_axes(s, (1, 2, 0)), (6, 8, 4)),
+        padded(X.permute(1, 2, 0), (6, 8, 4), "zero"),
+    ),
+}
+
+
+@pytest.mark.parametrize("prefetch", [None, False, True])
+@pytest.mark.parametrize("cache_bytes", [0, 100, 10**6])
+@pytest.mark.parametrize("box_bytes", [1, 300, 10**6])
+@pytest.mark.parametrize("view", WHOLE)
+def test_a_pass_over_a_view_reads_every_chunk_once(view, box_bytes, cache_bytes, prefetch):
+    make, x = WHOLE[view]
+    base = Uneven(cache_bytes=cache_bytes)
+    seen = torch.full(x.shape, torch.nan, dtype=F64)
+    for box, values in read_boxes(make(base), box_bytes=box_bytes, prefetch=prefetch):
+        assert seen[box].isnan().all()
+        seen[box] = values
+    assert torch.equal(seen, x)
+    assert len(base.asked) == len(set(base.asked)) == 2 * 4
+    assert base.chunks_read == 2 * 4
+    assert base.threads == ({"tnlayers-read"} if prefetch is not False else {""})
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_pass_over_any_view_is_the_tensor_and_leaves_the_cache_as_it_was(view):
+    make, x = VIEWS[view]
+    base = Uneven(cache_bytes=10**6)
+    cache = base._cache
+    seen = torch.full(x.shape, torch.nan, dtype=F64)
+    for box, values in read_boxes(make(base), box_bytes=64):
+        seen[box] = values
+    assert torch.equal(seen, x)
+    assert base._cache is cache
+    assert base.chunks_read == 2 * 4
+
+
+def test_edges_of_views():
+    base = Uneven()
+
+    def edges(source):
+        return [edge.tolist() for edge in source.edges]
+
+    assert edges(permute_axes(base, (2, 0, 1))) == [[0, 5], [0, 1, 4], [0, 2, 4, 5, 6]]
+    assert edges(pad_axes(base, (4, 6, 5))) == edges(base)
+    # the last chunk is filled up to the largest size, then others follow
+    assert edges(pad_axes(base, (9, 7, 23))) == [[0, 1, 4, 7, 9], [0, 2, 4, 5, 7], [0, 5, 10, 15, 20, 23]]
+    assert edges(split_axis(base, 0, (2, 2)))[:2] == [[0, 1, 2], [0, 1, 2]]
+    assert edges(as_source(torch.zeros(2, 0))) == [[0, 1, 2], [0]]
+    view = permute_axes(base, (2, 0, 1))
+    view.chunks = None  # what a source of its own that says no more than its chunks has
+    assert [len(edge) - 1 for edge in Source.edges.fget(view)] == list(view.shape)
+    view.chunks = (5, 3, 2)
+    assert [edge.tolist() for edge in Source.edges.fget(view)] == [[0, 5], [0, 3, 4], [0, 2, 4, 6]]
+
+
+def test_counts_of_a_view_cannot_be_set(rng):
+    """The base counts, however deep; nothing pretends to take a number."""
+    base = as_source(X)
+    view = merge_axes(permute_axes(base, (1, 0, 2)), 0, 1)
+    view.entries(torch.randint(5, (7, 2), generator=rng))
+    base.entries(torch.zeros(4, 3, dtype=torch.long))
+    assert view.evaluations == view.base.evaluations == base.evaluations == 11
+    for source in (view, base):
+        for name in ("evaluations", "chunks_read", "dtype"):
+            with pytest.raises(AttributeError):
+                setattr(source, name, 3)
+    assert base.evaluations == 11
 
 
 def test_masks_and_other_dtypes_carry_over():

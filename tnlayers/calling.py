@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-Progress = Callable[[int, int, str], None]
-"""Called as (done, total, label); an unknown total is 0."""
 
 
 @contextmanager

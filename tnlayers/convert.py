@@ -1,7 +1,7 @@
 """Whole models to tensor layers and back, with an honest report."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from decompositions import Network, bond_sides, draw, numel, possible_ranks, unfold
 from decompositions.linalg import fold_matrix, gram, relative_error
+from decompositions.progress import Progress
 from tnlayers.budget import Budget, Dense, cut_to_budget, told
 from tnlayers.dense import Recipe
 from tnlayers.explain import layer_floor
@@ -45,7 +46,7 @@ def tensorize(
     spectra: bool = True,
     budget: Budget | None = None,
     multiple: int = 1,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Replace the layers of a model, in place, by layers whose weight is the recipe's network.
 
@@ -306,7 +307,7 @@ def _make_layers(
     rules: Policy,
     reasons: dict[int, str],
     skip_if_no_gain: bool,
-    progress: Callable[[int, int, str], None] | None,
+    progress: Progress | None,
     ready: Mapping[int, Network] | None = None,
 ) -> dict[int, NetworkLayer]:
     """Stand-ins by the id of their module; what gains nothing goes into `reasons` instead.

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decompositions.linalg import gram, truncation_rank
+from decompositions.progress import Progress
 from decompositions.randomized import randomized_basis
 from tnlayers.figures import spectrum_figure
 from tnlayers.files import open_weights, write_atomic
@@ -44,8 +44,6 @@ MAX_SIDE = 4096
 LEADING = 512
 """Number of leading singular values of such a matrix."""
 SMALL = 1024
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from decompositions import ActivationFactor
+from decompositions.progress import Progress
 from decompositions.weighted import CalibrationWarning
 from tnlayers.calling import call
 from tnlayers.compression.activations import features_of, input_rows, kind_of, output_rows, rows_in, uses
@@ -52,7 +53,7 @@ def collect(
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 50,
     source: str = "",
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Triangular factors of what every layer sees, in one pass: `X^H X = R^H R`, never a Gram matrix.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from decompositions import ActivationFactor, LowRank, Network
 from decompositions.knapsack import Frontier
+from decompositions.progress import Progress
 from tnlayers.compression.baselines import METHODS
 from tnlayers.compression.calibration import Calibration, LayerStatistics
 from tnlayers.compression.candidates import Candidate, Problem
@@ -52,7 +53,7 @@ def compress(
     spectra: bool = True,
     example_input: Any = None,
     weighed: Weighed | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Replace weights of a trained model, in place, by smaller networks that change its outputs least.
 
@@ -274,7 +275,7 @@ def _frontier(
 def _replace(
     model: nn.Module, groups: Sequence[Sequence[Site]], problems: Sequence[Problem], picked: Sequence[Candidate],
     maker: _Maker, held: Calibration, sequential: bool, batches: Any, blocks: Sequence[str] | None, spectra: bool,
-    example: Any, progress: Callable[[int, int, str], None] | None, kept: Mapping[str, str],
+    example: Any, progress: Progress | None, kept: Mapping[str, str],
 ) -> tuple[list[LayerRow], list[Candidate]]:  # fmt: skip
     """Networks into the model, block by block where that is asked for; on any error the old modules come back.
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import glob
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isfinite
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decompositions.progress import Progress
 from tnlayers.calling import hidden_of, to_device
+from tnlayers.clock import Clock
 from tnlayers.compression.baselines import METHODS
 from tnlayers.compression.calibration import Calibration
 from tnlayers.compression.candidates import check_formats
@@ -29,7 +30,6 @@ from tnlayers.pretrained.model import Pretrained
 from tnlayers.recovery import distill, reconstruct
 from tnlayers.report import Report
 
-Progress = Callable[[int, int, str], None]
 GOALS = ("keep", "max_error", "max_params", "speed")
 WEIGHTINGS = {"full": "factor", "diagonal": "diagonal", "none": "none"}
 RECOVERIES = ("none", "distill", "blocks")
@@ -230,7 +230,7 @@ def run(config: CompressConfig, progress: Progress | None = None) -> CompressRes
     `OUT.recovery.*.pt`. Both are thrown away where they are of another model, other data or other settings.
     Memory: the model, its calibration and spectra; with recovery the original too. A dry run writes nothing.
     """
-    clock = _Laps()
+    clock = Clock()
     held = open_model("compress", config.source, task=config.task, dtype=config.dtype, device=config.device)
     known = _inputs(config, held)
     told = "" if known is None else known.told
@@ -266,22 +266,8 @@ def run(config: CompressConfig, progress: Progress | None = None) -> CompressRes
     return result
 
 
-class _Laps:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """What has passed since the last call belongs to this phase."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
-        self._since = now
-
-
 def _smaller(
-    config: CompressConfig, held: Pretrained, known: Inputs | None, progress: Progress | None, clock: _Laps
+    config: CompressConfig, held: Pretrained, known: Inputs | None, progress: Progress | None, clock: Clock
 ) -> Report:
     """Calibrate, weigh, replace; what that needs in memory is gone afterwards."""
     calibration = None if known is None else _calibrate(config, held, known, progress)

@@ -1,11 +1,11 @@
 """Before and after: one measurement for both, with the original's embeddings in place of the original."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from decompositions.progress import Progress
 from tnlayers.compression.inputs import (
     body_of,
     choose_inputs,
@@ -18,7 +18,6 @@ from tnlayers.evaluation.result import Evaluation
 from tnlayers.pretrained.model import Pretrained
 from tnlayers.texts import batches
 
-Progress = Callable[[int, int, str], None]
 METRICS = ("size", "perplexity", "similarity", "speed", "memory")
 """What needs no labels."""
 

@@ -2,7 +2,7 @@
 
 import glob
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from decompositions.knapsack import Frontier
+from decompositions.progress import Progress
 from decompositions.weighted import CalibrationWarning
 from tnlayers.compression.activations import kind_of
 from tnlayers.compression.calibration import ActivationScale, Calibration, LayerStatistics, Uses
@@ -102,7 +103,7 @@ def weigh(
     formats: Sequence[str] | str = ("low_rank", "tucker"),
     multiple: int = 1,
     by_speed: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Weighed:
     """Spectra and candidates of every targeted weight; for several budgets from one calibration.
 

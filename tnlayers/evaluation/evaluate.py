@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnlayers.calling import Progress, call, device_of, evaluating, to_device
+from decompositions.progress import Progress
+from tnlayers.calling import call, device_of, evaluating, to_device
 from tnlayers.convert import parameter_count
 from tnlayers.evaluation.metrics import Accuracy as Accuracy
 from tnlayers.evaluation.metrics import Pooling

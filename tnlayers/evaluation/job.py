@@ -1,16 +1,15 @@
 """`tnlayers eval`: open one model or two, read the data, measure."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from decompositions.progress import Progress
 from tnlayers.compression.inputs import open_model, padding_tokenizer
 from tnlayers.evaluation.evaluate import evaluate
 from tnlayers.evaluation.result import Evaluation
 from tnlayers.texts import read_document, read_texts, sample
 
-Progress = Callable[[int, int, str], None]
 BOS: dict[str, Any] = {"auto": "auto", "yes": True, "no": False, "start": "start"}
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Inexact
 from torch import Tensor, nn
 
-from tnlayers.calling import Progress, call, device_of, evaluating, hidden_of, logits_of, to_device
+from decompositions.progress import Progress
+from tnlayers.calling import call, device_of, evaluating, hidden_of, logits_of, to_device
 from tnlayers.texts import Batches, check_tokens
 
 MAX_NEIGHBOURS = 2000

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnlayers.calling import Progress, device_of, evaluating, logits_of
+from decompositions.progress import Progress
+from tnlayers.calling import device_of, evaluating, logits_of
 from tnlayers.texts import Bos, Windows, check_tokens, max_positions, token_windows, window_words
 
 DEFAULT_WINDOW = 2048

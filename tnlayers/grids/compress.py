@@ -1,7 +1,5 @@
 """`tnlayers grid compress`: open, decompose, code, write, read back, measure, draw."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import isfinite, prod
 from pathlib import Path
@@ -12,6 +10,8 @@ import torch
 from cross_approx import CrossResult, Quantization, Source
 from cross_approx.digits import Order
 from decompositions.formats.network import Network
+from decompositions.progress import Progress
+from tnlayers.clock import Clock
 from tnlayers.grids.coding import CODINGS, Coded
 from tnlayers.grids.fitting import SHARE, fit_bytes, fit_error
 from tnlayers.grids.making import DENSE_BYTES, FORMATS, METHODS, chosen_method, make_network, rank_for_bytes
@@ -19,8 +19,6 @@ from tnlayers.grids.measures import Measures, compare_grid, statistics, toleranc
 from tnlayers.grids.opening import open_grid_source, stored_bytes, stored_dtype
 from tnlayers.grids.store import MARKS, PAGE_FILE, Grid, grid_folder, load_grid, plain, write_about, write_grid
 from tnlayers.pretrained.folder import free_target
-
-Progress = Callable[[int, int, str], None]
 
 TARGETS = ("tol", "psnr", "bytes")
 ORDERS = ("auto", "C", "F", "interleaved")
@@ -174,7 +172,7 @@ def run(config: GridConfig, progress: Progress | None = None) -> GridResult:
         ValueError: a source or settings that do not fit.
         FileNotFoundError: no such source.
     """
-    clock = _Clock()
+    clock = Clock()
     source = open_grid_source(
         "grid compress", config.source, name=config.name, fill_value=config.fill_value, missing=config.missing,
         cache_bytes=config.cache,
@@ -202,20 +200,6 @@ def _kept(out: Path, temporary: Path) -> Path | None:
     return other
 
 
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """What has passed belongs to this phase."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
-        self._since = now
-
-
 @dataclass
 class _Attempt:
     grid: Grid
@@ -227,7 +211,7 @@ class _Job:
     """A source on its way to a file."""
 
     def __init__(
-        self, config: GridConfig, source: Source, method: str, progress: Progress | None, clock: _Clock
+        self, config: GridConfig, source: Source, method: str, progress: Progress | None, clock: Clock
     ) -> None:
         self.config, self.source, self.method, self.progress, self.clock = config, source, method, progress, clock
         self.generator = torch.Generator().manual_seed(config.seed)

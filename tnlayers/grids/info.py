@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from decompositions.formats.algebra import numel
+from decompositions.progress import Progress
 from tnlayers.files import atomic_target
 from tnlayers.grids.blocks import boxes
 from tnlayers.grids.measures import Measures, compare_grid
@@ -20,7 +21,6 @@ from tnlayers.grids.opening import needed, open_grid_source, parse_slices
 from tnlayers.grids.store import Grid, load_grid
 from tnlayers.page import by, percent
 
-Progress = Callable[[int, int, str], None]
 DTYPES = ("float32", "float64", "float16", "uint8", "int8", "uint16", "int16", "int32")
 
 

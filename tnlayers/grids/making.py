@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod, sqrt
 from typing import Any, Literal
 
@@ -13,10 +13,9 @@ from cross_approx.digits import ORDERS, Order
 from decompositions.formats.algebra import numel
 from decompositions.formats.network import Network
 from decompositions.linalg import TruncationWarning
+from decompositions.progress import Progress
 from decompositions.tt import tt_svd
 from decompositions.tucker import st_hosvd
-
-Progress = Callable[[int, int, str], None]
 
 FORMATS = ("tucker", "tt", "qtt")
 METHODS = ("auto", "dense", "gram", "sketch", "cross")

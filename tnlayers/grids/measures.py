@@ -1,6 +1,6 @@
 """How far a compressed grid is from its source: all entries box by box, or a stated number of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite, log10, prod, sqrt
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cross_approx import Source
+from decompositions.progress import Progress
 from tnlayers.grids.blocks import boxes, decode_block, decode_entries
 from tnlayers.grids.store import Grid
 
-Progress = Callable[[int, int, str], None]
 BOX_ENTRIES = 1 << 21
 LEAST = 1e-140
 """Entries that are all smaller than this are refused: squares of them, or of their errors, vanish."""

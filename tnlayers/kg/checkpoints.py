@@ -19,7 +19,7 @@ KIND = "tnlayers kg training"
 
 
 @dataclass
-class Progress:
+class RunState:
     """Where a run stands between two steps: with model and optimizer, all that the rest depends on.
 
     Args:
@@ -62,7 +62,7 @@ class Checkpoint:
         >>> checkpoint = Checkpoint(Path(tempfile.mkdtemp()) / "run.pt", {"batch_size": 128})
         >>> checkpoint.read(model, optimizer) is None
         True
-        >>> checkpoint.write(model, optimizer, Progress(0, [0.001], epoch=3))
+        >>> checkpoint.write(model, optimizer, RunState(0, [0.001], epoch=3))
         >>> checkpoint.read(model, optimizer).epoch
         3
     """
@@ -70,12 +70,12 @@ class Checkpoint:
     file: str | os.PathLike[str]
     identity: Mapping[str, Any]
 
-    def write(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+    def write(self, model: nn.Module, optimizer: Optimizer, state: RunState) -> None:
         """Keep this moment; the old file stays until the new one is whole."""
         path = Path(self.file)
         path.parent.mkdir(parents=True, exist_ok=True)
         # not asdict: it would copy the weights
-        found = {field.name: getattr(progress, field.name) for field in fields(Progress)}
+        found = {field.name: getattr(state, field.name) for field in fields(RunState)}
         content = {
             "kind": KIND,
             "identity": json.dumps(dict(self.identity), sort_keys=True),
@@ -87,7 +87,7 @@ class Checkpoint:
         with atomic_target(path) as temporary:
             torch.save(content, temporary)
 
-    def read(self, model: nn.Module, optimizer: Optimizer) -> Progress | None:
+    def read(self, model: nn.Module, optimizer: Optimizer) -> RunState | None:
         """Set model, optimizer and torch's generators to what was kept; None where there is no file.
 
         Raises:
@@ -115,7 +115,7 @@ class Checkpoint:
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         set_generators(content["random"])
-        return Progress(**content["progress"])
+        return RunState(**content["progress"])
 
 
 def generators(model: nn.Module) -> dict[str, Tensor]:

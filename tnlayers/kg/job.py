@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from decompositions.progress import Progress
 from tnlayers.files import write_atomic
 from tnlayers.kg.export import export_embeddings
 from tnlayers.kg.folder import INNER, inner_option, load_kg, make_model, model_class, save_kg
@@ -27,7 +28,6 @@ from tnlayers.kg.triples import Triples, load_triples
 from tnlayers.main_job.config import hardware_facts
 from tnlayers.pretrained.hub import read_json
 
-Progress = Callable[[int, int, str], None]
 CHECKPOINT, LOG, METRICS, SETTINGS, PAGE = "checkpoint.pt", "log.jsonl", "metrics.json", "settings.json", "index.html"
 OURS = (CHECKPOINT, LOG, METRICS, SETTINGS, PAGE)
 OWN = ("seed", "generator", "checkpoint", "log", "progress", "schedule")

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from decompositions.progress import Progress, reporting
 from tnlayers.kg.answers import Answers
 from tnlayers.kg.batches import Batches, Sampling, derived
-from tnlayers.kg.checkpoints import Checkpoint, Progress, generators, set_generators
+from tnlayers.kg.checkpoints import Checkpoint, RunState, generators, set_generators
 from tnlayers.kg.chunks import MEMORY, Batch
 from tnlayers.kg.history import Epoch, EpochLog, History, from_plain, measured, to_plain
 from tnlayers.kg.losses import Loss, NegativeSampling, OneToN, Softmax
 from tnlayers.kg.model import KGModel
 from tnlayers.kg.optimizers import Asked, make_optimizer
 from tnlayers.kg.ranking import evaluate
-from tnlayers.kg.reports import Report, reporting
 from tnlayers.kg.triples import Triples
 from tnlayers.kg.workers import Together, joined, told
 from tnlayers.optim import compact
@@ -63,7 +63,7 @@ def train(
     validation: Mapping[str, Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: int | float = 60.0,
-    progress: bool | Report = False,
+    progress: bool | Progress = False,
     log: str | os.PathLike[str] | None = None,
     tensorboard: str | os.PathLike[str] | None = None,
     amp: bool = False,
@@ -139,6 +139,7 @@ def train(
         >>> len(history.losses), history.stopped
         (3, 'epochs')
     """
+    reporting("train", progress)  # refused before any work
     found = _loss(loss, label_smoothing, smoothing)
     every, validation = _check(
         model, triples, epochs, batch_size, lr, lr_decay, clip, every, patience, validation, memory
@@ -161,7 +162,7 @@ def train(
         }  # fmt: skip
         run = _Run(
             model=model, triples=triples, batches=batches, loss=found, optimizer=made, together=together,
-            state=Progress(told(fresh), [group["lr"] for group in made.param_groups]), epochs=epochs,
+            state=RunState(told(fresh), [group["lr"] for group in made.param_groups]), epochs=epochs,
             lr_decay=lr_decay, schedule=schedule, clip=clip, every=every, patience=patience, validation=validation,
             checkpoint=None if checkpoint is None else Checkpoint(checkpoint, identity),
             checkpoint_seconds=checkpoint_seconds, memory=memory, max_seconds=max_seconds,
@@ -252,7 +253,7 @@ class _Run:
         loss: Loss,
         optimizer: Optimizer,
         together: Together,
-        state: Progress,
+        state: RunState,
         epochs: int,
         lr_decay: float,
         schedule: Callable[[int, int], float] | None,
@@ -274,7 +275,7 @@ class _Run:
         self.memory, self.context, self.look = memory, context, look
         self.begin = self.written = time.monotonic()
         self.until = math.inf if max_seconds is None else self.begin + max_seconds
-        self.report: Report = lambda done, whole, text: None
+        self.report: Progress = lambda done, whole, text: None
         self.log: EpochLog | None = None
         self.text = ""
         self._by_closure = bool(getattr(optimizer, "_by_closure", False))
@@ -283,14 +284,14 @@ class _Run:
 
     # --- the run ---
 
-    def run(self, progress: bool | Report, log: Any, tensorboard: Any) -> History:
+    def run(self, progress: bool | Progress, log: Any, tensorboard: Any) -> History:
         """Everything, from where the checkpoint says to the best weights."""
         if self.checkpoint is not None:
             self.state = self.checkpoint.read(self.model, self.optimizer) or self.state
         first = self.together.worker == 0
         with (
             EpochLog(log if first else None, tensorboard if first else None, self.state.epoch) as self.log,
-            reporting(progress if first else False, self.epochs * len(self.batches)) as self.report,
+            reporting("train", progress if first else False) as self.report,
             self._listening(),
         ):
             try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from decompositions.progress import Progress
 from tnlayers.linear import Linear
 from tnlayers.recovery.capture import block_error, both, call_order, find_blocks, layer_pairs, run_to
 from tnlayers.recovery.descent import Limits, Schedule, Standing, descend
@@ -26,7 +27,7 @@ from tnlayers.recovery.feed import (
     rows_that_count,
 )
 from tnlayers.recovery.least_squares import solve_pairs, why_not_solved
-from tnlayers.recovery.options import Progress, check_limits, draw_seed, warn_early
+from tnlayers.recovery.options import check_limits, draw_seed, warn_early
 from tnlayers.recovery.result import BlockRow, Moment, Recovery
 from tnlayers.recovery.session import HALF, Checkpoint, Clock, at_work, check_models, copied
 from tnlayers.surgery import owners_of_parameters

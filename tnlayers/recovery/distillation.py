@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from decompositions import numel
 from decompositions.balance import balanced
+from decompositions.progress import Progress
 from tnlayers.optim import RankAdaptive, compact
 from tnlayers.optim.models import trees
 from tnlayers.recovery.capture import find_blocks
@@ -26,7 +27,7 @@ from tnlayers.recovery.feed import (
     main_output,
 )
 from tnlayers.recovery.losses import Loss, logits_loss, output_loss, relative_error, watched
-from tnlayers.recovery.options import Progress, check_limits, draw_seed, warn_early
+from tnlayers.recovery.options import check_limits, draw_seed, warn_early
 from tnlayers.recovery.result import Recovery
 from tnlayers.recovery.session import Checkpoint, Clock, at_work, check_models, copied
 from tnlayers.surgery import network_layers, weight_key

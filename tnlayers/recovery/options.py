@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -10,9 +9,6 @@ import torch
 
 from tnlayers.recovery.descent import SCHEDULES, Schedule
 from tnlayers.recovery.result import RecoveryWarning
-
-Progress = Callable[[int, int, str], None]
-"""(done, total, what is being done): steps, or seconds where only these are limited."""
 
 
 def check_limits(
