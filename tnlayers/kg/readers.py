@@ -130,7 +130,7 @@ def read_table(where: str, table: Any, columns: str | Sequence[str]) -> Columns:
     head, relation, tail, width = places
     expected = f"load_triples: {where} must be rows of {width} labels"
     try:  # as objects: numpy would make the text "nan" of a missing label beside text
-        rows = np.asarray(table.to_numpy(dtype=object) if header is not None else table, dtype=object)
+        rows = np.asarray(table, dtype=object)
     except ValueError as error:  # rows of different lengths
         raise ValueError(f"{expected} ({error})") from None
     if rows.ndim and not len(rows):
