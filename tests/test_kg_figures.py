@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from tnlayers import kg
 from tnlayers.hyperbolic import lift, lorentz_distance
 from tnlayers.kg import Epoch, History
 from tnlayers.kg.embedding_tables import ball_points, degrees
-from tnlayers.kg.figures import Point, disk, entity_map, history_figure, mrr_figure, principal_axes
+from tnlayers.kg.figures import Point, _covering, disk, entity_map, history_figure, mrr_figure, principal_axes
 from tnlayers.page import figure_png
 
 
@@ -36,6 +38,70 @@ def test_mrr_over_parameters():
     assert len(figure_png(figure)) > 5000
     with pytest.raises(ValueError, match="mrr_figure: expected points"):
         mrr_figure([])
+
+
+def boxes(figure, start=""):
+    """Of texts alone, without the lines to their points."""
+    figure.draw_without_rendering()
+    return [Text.get_window_extent(text) for text in figure.axes[0].texts if text.get_text().startswith(start)]
+
+
+def test_notes_cover_neither_points_nor_each_other():
+    points = [Point(name, n, mrr, 0.02, f"d {k}") for name, n, mrr, k in CROWDED]
+    figure = mrr_figure(points)
+    found = boxes(figure)
+    assert len(found) == len(points)
+    assert not any(a.overlaps(b) for k, a in enumerate(found) for b in found[:k])
+    dots = figure.axes[0].transData.transform([(p.parameters, p.mrr) for p in points])
+    assert not any(box.contains(*dot) for box in found for dot in dots)
+
+
+CROWDED = [
+    ("TuckER", 1736, 0.336, 8), ("TuckER", 5008, 0.369, 16), ("DistMult", 1816, 0.265, 8), ("LPITF", 454, 0.08, 2),
+    ("DistMult", 3632, 0.317, 16), ("LPITF", 1816, 0.218, 8), ("DistMult", 7264, 0.577, 32), ("CP", 7264, 0.61, 16),
+]  # fmt: skip
+
+
+def test_points_in_a_box_are_counted(rng):
+    points = 200 * torch.rand(300, 2, generator=rng).numpy() - 50
+    count = _covering(points)
+    for box in ((-30, 10, 40, 95), (-90, -90, 400, 400), (160, 0, 300, 90), (20, 20, 20, 60)):
+        inside = (np.floor(points) >= box[:2]) & (np.floor(points) < box[2:])
+        assert count(Bbox.from_extents(*box)) == inside.all(1).sum()
+
+
+def test_many_models_look_different():
+    names = [f"model {k}" for k in range(20)]
+    axes = mrr_figure([Point(name, 10 + k, 0.5) for k, name in enumerate(names)]).axes[0]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 20
+    past = History((Epoch(1, 0.5, 0.1, 0.01), Epoch(2, 0.4, 0.1, 0.01)), None, "epochs")
+    axes = history_figure(dict.fromkeys(names, past)).axes[0]
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in axes.lines}) == 20
+
+
+def test_names_on_the_disk_stand_inside_and_apart(graph):
+    model = kg.LPITF(graph, dim=2, curvature=1.0).double()
+    angle = torch.arange(12) * torch.pi / 6
+    with torch.no_grad():  # a ring near the rim, where a name to the right would cross it
+        model.entities.copy_(torch.stack([angle.cos(), angle.sin()], 1) * torch.sinh(torch.tensor(2.6)))
+    figure = entity_map(model, graph)
+    found = boxes(figure, "e")
+    assert len(found) == 6
+    assert not any(a.overlaps(b) for k, a in enumerate(found) for b in found[:k])
+    corners = figure.axes[0].transData.inverted().transform(np.concatenate([box.corners() for box in found]))
+    assert np.linalg.norm(corners, axis=1).max() < 1
+    dots = figure.axes[0].transData.transform(np.asarray(figure.axes[0].collections[0].get_offsets()))
+    assert not any(box.contains(*dot) for box in found for dot in dots)
+
+
+def test_circles_of_the_disk_are_told(graph):
+    near = kg.LPITF(graph, dim=2, std=1e-3)
+    texts = [text.get_text() for text in entity_map(near, graph).axes[0].texts]
+    _, factor = disk(ball_points(near))
+    steps = ", ".join(f"{k / factor:.2g}" for k in (1, 2, 3))
+    assert f"circles: distance {steps} from the centre, drawn times {factor:.2g}" in texts
+    far = kg.LPITF(graph, dim=2, std=1.0)
+    assert "circles: distance 1, 2, 3 from the centre" in [t.get_text() for t in entity_map(far, graph).axes[0].texts]
 
 
 def test_training_curves():

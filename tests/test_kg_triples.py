@@ -62,6 +62,13 @@ def test_columns_that_are_left_out_and_asked_for_by_name(tmp_path):
     assert load_triples(tmp_path, columns="-hrt", header=True).train.tolist() == expected
     with pytest.raises(ValueError, match=r"train\.tsv has no column 'where', got 'when', 'who', 'what', 'whom'"):
         load_triples(tmp_path, columns=("where", "what", "whom"))
+    write(tmp_path, "train.tsv", "h\th\tr\tt\na\tb\tr\tc\n")
+    with pytest.raises(ValueError, match=r"train\.tsv has more than one column 'h', got 'h', 'h', 'r', 't'"):
+        load_triples(tmp_path, columns=("h", "r", "t"))
+    write(tmp_path, "train.tsv", "").unlink()
+    write(tmp_path, "train.csv", "a::r::b\n")
+    with pytest.raises(ValueError, match=r"train\.csv: the delimiter of csv is one character and no quote, got '::'"):
+        load_triples(tmp_path, delimiter="::")
 
 
 def test_a_usual_header_names_the_columns(tmp_path):
@@ -75,8 +82,34 @@ def test_csv_quotes_and_tsv_does_not(tmp_path):
     assert set(load_triples(tmp_path).entity_to_id) == {"Paris, Texas", 'a "state"', "two\nlines", "x"}
     other = tmp_path / "other"
     other.mkdir()
-    write(other, "train.tsv", '"a\tin\tb c \n')
-    assert set(load_triples(other).entity_to_id) == {'"a', "b c "}
+    write(other, "train.tsv", '"a\tin\tb c\n')
+    assert set(load_triples(other).entity_to_id) == {'"a', "b c"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.tsv", "a \tr\t b\n a\tr\u00a0\tc d\n"),
+        ("train.csv", '  a , r,b \n"a",r, "c d"\n   \n'),
+        ("train.txt", "head | relation | tail\na | r | b\na|r |c d"),
+    ],
+)
+def test_blanks_around_labels_are_no_part_of_them(tmp_path, name, text):
+    write(tmp_path, name, text)
+    triples = load_triples(tmp_path, delimiter="|" if name == "train.txt" else None)
+    assert triples.entity_to_id == {"a": 0, "b": 1, "c d": 2}
+    assert triples.relation_to_id == {"r": 0}
+    assert triples.train.tolist() == [[0, 0, 1], [0, 0, 2]]
+    table = load_triples({"train": [("a ", "r", "b"), (" a", "r\n", "c d")]})
+    assert (table.entity_to_id, table.train.tolist()) == (triples.entity_to_id, triples.train.tolist())
+
+
+def test_csv_with_blanks_before_quotes_and_a_label_of_blanks(tmp_path):
+    write(tmp_path, "train.csv", 'a, r, "b, c"\n')
+    assert set(load_triples(tmp_path).entity_to_id) == {"a", "b, c"}
+    write(tmp_path, "train.csv", "a,r,b\na,  ,b\n")
+    with pytest.raises(ValueError, match=r"train\.csv line 2: the relation is empty"):
+        load_triples(tmp_path)
 
 
 def test_n_triples(tmp_path):
@@ -98,6 +131,15 @@ def test_n_triples(tmp_path):
     assert '"7"^^<http://x/int>' in kept.entity_to_id
 
 
+def test_two_spellings_of_a_literal_are_one_entity(tmp_path):
+    text = "".join(f"<x:a> <x:r> {term} .\n" for term in (r'"\u00e9\n"', r'"é\n"', r'"\\u00e9"', r'"\u0022"', '"é"@fr'))
+    kept = load_triples(write(tmp_path, "train.nt", text), literals="keep")
+    assert set(kept.entity_to_id) == {"x:a", r'"é\n"', r'"\\u00e9"', r'"\u0022"', '"é"@fr'}
+    assert kept.duplicates["train"] == 1
+    with pytest.raises(ValueError, match=r"training split is empty \(5 statements with a literal were left out\)"):
+        load_triples(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -110,6 +152,14 @@ def test_n_triples(tmp_path):
         ("train.csv", 'a,r,"b\n', "train.csv line 1 is malformed"),
         ("train.nt", "<a> <r> <b> .\n<a> <r> <b>\n", "train.nt line 2: expected '<subject> <predicate> <object> .'"),
         ("train.nt", "<a> <r> .\n", "train.nt line 1"),
+        ("train.nt", "<a> <r> <b> .\n<a> <r> <b> <graph> .\n", "train.nt line 2: expected '<subject> <predicate>"),
+        ("train.nt", "<a> <r> <b> .\n<a\\U00110000> <r> <b> .\n", r"train.nt line 2: \\U00110000 stands for no char"),
+        ("train.nt", "<a> <r> <\\ud800> .\n", r"train.nt line 1: \\ud800 stands for no character"),
+        ("train.nt", "<a> <r> <\\u12> .\n", "train.nt line 1: expected '<subject>"),
+        ("train.tsv", "a\nb\n", r"train.tsv line 1: expected 3 .*, got 1 \('a'\); delimiter= says what divides"),
+        ("train.tsv", "a\tr\tb\na\tr\tb\tc\n", "train.tsv line 2: .* columns='hrt-' leaves a fourth one out"),
+        ("train.tsv", "a\tr\tb\nc\tr\t\0\n", "train.tsv line 2 holds a zero byte; expected text in UTF-8"),
+        ("train.csv", "a,r,b\n,,\n", "train.csv line 2: the head is empty"),
         ("train.tsv", "", "the training split is empty"),
         ("train.tsv", "\n \n", "the training split is empty"),
     ],
@@ -128,6 +178,14 @@ def test_damaged_files_and_bytes(tmp_path):
     (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(b"a\tr\tb\na\tr\t\xff\n"))
     with pytest.raises(ValueError, match=r"train\.tsv\.gz line 2 is not UTF-8"):
         load_triples(tmp_path)
+    (tmp_path / "train.tsv.gz").write_bytes(gzip.compress("a\tr\tb\n".encode("utf-16-le")))
+    with pytest.raises(ValueError, match=r"train\.tsv\.gz line 1 holds a zero byte"):
+        load_triples(tmp_path)
+    (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfa\tr\tb\n"))
+    assert set(load_triples(tmp_path).entity_to_id) == {"a", "b"}
+    (tmp_path / "test.tsv.xz").write_bytes(b"")  # a download that never began is no empty split
+    with pytest.raises(ValueError, match=r"test\.tsv\.xz is damaged, .* \(no bytes\)"):
+        load_triples(tmp_path)
 
 
 def test_folders_that_are_refused(tmp_path):
@@ -139,7 +197,18 @@ def test_folders_that_are_refused(tmp_path):
         load_triples(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_triples(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"load_triples: no file .*nowhere"):
+        load_triples({"train": tmp_path / "nowhere"})
+
+
+def test_what_lies_beside_the_files(tmp_path):
+    write(tmp_path, "train.tsv.zst", "packed in a way that is not read")
+    with pytest.raises(FileNotFoundError, match=r"\.parquet \(or packed\), got train\.tsv\.zst"):
+        load_triples(tmp_path)
+    write(tmp_path, "train.tsv", "a\tr\tb\n")
     write(tmp_path, "train2id.txt", "ignored")
+    (tmp_path / "test.txt").mkdir()
+    assert len(load_triples(tmp_path).train) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,6 +216,8 @@ def test_folders_that_are_refused(tmp_path):
     [
         ({"columns": "hrx"}, "holds h, r and t once each"),
         ({"columns": ("a", "b")}, "those of head, relation and tail"),
+        ({"columns": ("a", "b", "a")}, "three different ones, got a, b, a"),
+        ({"delimiter": ""}, "delimiter must be what stands between columns, got ''"),
         ({"unseen": "guess"}, "unseen must be one of keep, drop, error, got 'guess'"),
         ({"literals": "all"}, "literals must be one of drop, keep"),
     ],
@@ -171,6 +242,18 @@ def test_tables_of_labels():
     assert numbers.entity_to_id == {"9": 0, "10": 1}  # by value, not as text
     with pytest.raises(ValueError, match="train must be rows of 3 labels"):
         load_triples({"train": [("a", "r")]})
+    for rows, message in (
+        ([("a", "r", "b"), ("a", "r", float("nan"))], r"train row 1: the tail is missing \(nan\)"),
+        ([("a", "r", "b"), ("a", " ", "b")], r"train row 1: the relation is missing \(' '\)"),
+        ([(b"a", "r", "b")], r"train row 0: a label is text or a whole number, got the head b'a'"),
+        (np.array([[0, 0, 1.5]]), "train row 0: a label is text or a whole number, got the head 0.0"),
+        ({("a", "r", "b")}, "train must be rows of 3 labels, got set"),
+        ([("a", "r", "b"), ("a", "r")], "train must be rows of 3 labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_triples({"train": rows})
+    tensor = load_triples({"train": torch.tensor([[10, 1, 9], [9, 1, 10]])})
+    assert (tensor.entity_to_id, tensor.train.tolist()) == ({"9": 0, "10": 1}, [[1, 0, 0], [0, 0, 1]])
     with pytest.raises(ValueError, match="keys train, valid and test"):
         load_triples({"train": ROWS, "dev": TEST})
 
@@ -186,6 +269,91 @@ def test_data_frames():
     frame.loc[1, "object"] = None
     with pytest.raises(ValueError, match="train row 1: the tail is missing"):
         load_triples({"train": frame})
+
+
+def test_parquet_or_what_is_missing(tmp_path):
+    file = tmp_path / "train.parquet"
+    file.write_bytes(b"no parquet")
+    try:
+        pandas = __import__("pandas")
+        __import__("pyarrow")
+    except ImportError as error:
+        with pytest.raises(ImportError, match=rf"train\.parquet needs pandas and pyarrow \({error.name} is missing\)"):
+            load_triples(tmp_path)
+        return
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read as parquet"):
+        load_triples(tmp_path)
+    pandas.DataFrame(ROWS, columns=["subject", "predicate", "object"])[["object", "predicate", "subject"]].to_parquet(
+        file
+    )
+    assert torch.equal(load_triples(tmp_path).train, load_triples({"train": ROWS}).train)
+
+
+OPENKE = {
+    "entity2id.txt": "4\nann\t2\nNew York\t0\nbob 1\ndan\t3\n",
+    "relation2id.txt": "2\r\nlikes\t1\r\nknows\t0\r\n",
+    "train2id.txt": "3\n1 2 0\n2 0 1\n0\t1\t0\n",
+    "test2id.txt": "2\n2 3 0\n1 0 1\n\n",
+}
+
+
+def test_openke_folders_keep_their_ids(tmp_path):
+    for name, text in OPENKE.items():
+        write(tmp_path, name, text)
+    triples = load_triples(tmp_path)
+    assert triples.entity_labels == ["New York", "bob", "ann", "dan"]
+    assert triples.relation_labels == ["knows", "likes"]
+    assert triples.train.tolist() == [[1, 0, 2], [2, 1, 0], [0, 0, 1]]  # head, relation, tail
+    assert triples.test.tolist() == [[2, 0, 3], [1, 1, 0]]
+    assert triples.valid.shape == (0, 3)
+    dropped = load_triples(tmp_path, unseen="drop")
+    assert dropped.entity_labels == ["New York", "bob", "ann"]
+    assert (dropped.dropped["test"], dropped.test.tolist()) == (1, [[1, 1, 0]])
+    with pytest.raises(ValueError, match=r"is OpenKE's, head, tail, relation; got columns='htr'"):
+        load_triples(tmp_path, columns="htr")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("train2id.txt", "4\n1 2 0\n2 0 1\n", "train2id.txt line 1 counts 4 lines, 2 follow"),
+        ("train2id.txt", "1 2 0\n2 0 1\n", "train2id.txt line 1: expected the count of the lines .*, got '1 2 0'"),
+        ("train2id.txt", "", "train2id.txt line 1: expected the count of the lines that follow, got an empty file"),
+        ("train2id.txt", "0\n", "the training split is empty"),
+        (
+            "test2id.txt",
+            "2\n1 2 0\n\n2 0\n",
+            "test2id.txt line 4: expected the ids of head, tail and relation, got '2 0'",
+        ),
+        ("test2id.txt", "1\n1 2 -1\n", "test2id.txt line 2: expected the ids of head, tail and relation, got '1 2 -1'"),
+        ("test2id.txt", "1\n1 4 0\n", "test2id.txt line 2: the tail must be below 4, got 4"),
+        (
+            "test2id.txt",
+            "1\n1 0 3\n",
+            "test2id.txt line 2: the relation must be below 2, got 3; the columns are head, t",
+        ),
+        ("entity2id.txt", "2\nann\t0\nbob\n", "entity2id.txt line 3: expected a name and its id, got 'bob'"),
+        ("entity2id.txt", "2\nann\t0\nbob\t0\n", "entity2id.txt line 3: ids are 0 to 1, each once, got 0"),
+        ("entity2id.txt", "2\nann\t0\nbob\t2\n", "entity2id.txt line 3: ids are 0 to 1, each once, got 2"),
+        ("entity2id.txt", "2\nann\t0\nann\t1\n", "entity2id.txt gives 'ann' more than one id"),
+    ],
+)
+def test_malformed_openke_folders_are_refused_by_line(tmp_path, name, text, message):
+    for other, right in OPENKE.items():
+        write(tmp_path, other, right)
+    write(tmp_path, name, text)
+    with pytest.raises(ValueError, match=message):
+        load_triples(tmp_path)
+    (tmp_path / "relation2id.txt").unlink()
+    if name != "entity2id.txt":
+        with pytest.raises(FileNotFoundError, match=r"no file .*relation2id\.txt, which an OpenKE folder has"):
+            load_triples(tmp_path)
+
+
+def test_printed_triples_are_one_line():
+    triples = load_triples({"train": [(f"e{k}", "r", f"e{k + 1}") for k in range(1000)], "test": TEST}, name="toy")
+    text = "Triples(name='toy', entities=1003, relations=2, inverse=True, train=1000, valid=0, test=1)"
+    assert repr(triples) == str(triples) == text
 
 
 def test_unseen_entities_and_relations_by_policy():

@@ -327,6 +327,12 @@ def new_axes(size: tuple[float, float], dpi: int) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, dpi=dpi, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    dress(axes)
+    return figure, axes
+
+
+def dress(axes: Axes) -> None:
+    """No box around the axes, pale spines, small muted ticks, the grid below the data."""
     axes.set_facecolor("none")
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -334,7 +340,6 @@ def new_axes(size: tuple[float, float], dpi: int) -> tuple[Figure, Axes]:
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#b6bfca")
     axes.tick_params(colors=MUTED, labelsize=8.5, width=0.6, length=3)
-    return figure, axes
 
 
 def logarithmic(axes: Axes, which: str, low: float, high: float, *, room: float) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tnlayers.figures import GRID, INK, LINES, MUTED, _label, logarithmic, new_axes
+from tnlayers.figures import GRID, INK, LINES, MUTED, _label, dress, logarithmic, new_axes
 from tnlayers.kg.embedding_tables import ball_points, degrees, embeddings
 from tnlayers.kg.history import History
 from tnlayers.kg.model import KGModel
@@ -19,12 +21,20 @@ from tnlayers.kg.triples import Triples
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""One more than colours: 42 models look different."""
+STYLES = ("-", (0, (3, 2)), (0, (1, 2)), (0, (5, 1.2, 1, 1.2)))
+"""Of lines: the next one when the colours begin again."""
 NAMED = 6
-"""Entities of highest degree, of those that lie apart, that are named on a map."""
+"""Entities of highest degree, of those that lie apart and have room, that are named on a map."""
 APART = 34
 """Points (1/72 inch) between named entities, at least."""
+TRIED = 60
+"""Entities of highest degree among which those with room for a name come first."""
+CIRCLES = (1, 2, 3)
+"""Distances from the centre of the disk, as drawn, at which it has circles."""
 SPREAD = 0.8
 """Of the radius of the disk: where the median of the outer tenth lies when coordinates are shrunk to be seen."""
 
@@ -86,12 +96,6 @@ def mrr_figure(
         bars = [p.spread or 0.0 for p in own]
         if any(bars):
             axes.errorbar(x, y, bars, fmt="none", ecolor=color, elinewidth=1.1, capsize=2.5, zorder=2)
-        for p in own:
-            if p.note:
-                axes.annotate(
-                    _label(p.note, 28), (p.parameters, p.mrr), (0, 8), textcoords="offset points", ha="center",
-                    fontsize=7.5, color=MUTED,
-                )  # fmt: skip
     low = min(p.mrr - (p.spread or 0) for p in points)
     high = max(p.mrr + (p.spread or 0) for p in points)
     room = max(0.12 * (high - low), 0.01)
@@ -100,6 +104,8 @@ def mrr_figure(
     axes.set_ylabel("MRR", color=MUTED, fontsize=8.5)
     _legend(figure, len(names))
     _titled(axes, title)
+    if any(point.note for point in points):
+        _note_points(figure, axes, points)
     return figure
 
 
@@ -135,20 +141,19 @@ def history_figure(
         upper, lower = figure.subplots(2, 1, sharex=True)
         axes = [upper, lower]
         for part in axes:
-            _dressed(part)
+            dress(part)
     losses = [loss for history in histories.values() for loss in history.losses if loss > 0]
     if losses:
         logarithmic(axes[0], "y", min(losses), max(max(losses), 1.01 * min(losses)), room=0.06)
     for k, (name, history) in enumerate(histories.items()):
         color = LINES[k % len(LINES)]
+        style: dict[str, Any] = {"color": color, "linestyle": STYLES[k // len(LINES) % len(STYLES)], "linewidth": 1.4}
         numbers = [epoch.epoch for epoch in history.epochs]
         dot = "o" if len(numbers) < 3 else ""
-        axes[0].plot(
-            numbers, history.losses, color=color, linewidth=1.4, marker=dot, markersize=4, label=_label(name, 24)
-        )
+        axes[0].plot(numbers, history.losses, marker=dot, markersize=4, label=_label(name, 24), **style)
         if validated and history.mrr:
             x, y = list(history.mrr), list(history.mrr.values())
-            axes[1].plot(x, y, color=color, linewidth=1.4, marker="o" if len(x) <= 30 else "", markersize=3.5)
+            axes[1].plot(x, y, marker="o" if len(x) <= 30 else "", markersize=3.5, **style)
             if history.best is not None:
                 axes[1].plot(
                     [history.best], [history.mrr[history.best]], "o", markersize=8, markerfacecolor="none",
@@ -178,13 +183,14 @@ def entity_map(
 
     In the disk the distance from the centre is the hyperbolic distance of the entity from the origin, the angle that of
     its tangent vector at the origin on the two principal directions; a model of dimension 2 is drawn as it is. Where
-    all points lie near the centre, or the rim, distances are scaled by one factor, written under the disk.
+    all points lie near the centre, or the rim, distances are scaled by one factor. Three circles mark equal steps of
+    the distance, written with the factor under the disk.
 
     Args:
         model: a trained model of the graph.
         triples: the graph; degrees count its training triples.
         title: above; None says what is shown.
-        names: entities that are named: of highest degree, of those that lie apart.
+        names: entities that are named: of highest degree, of those that lie apart and have room for a name.
         size: width and height in inches.
         dpi: pixels an inch.
 
@@ -213,19 +219,18 @@ def entity_map(
         xy, factor = disk(points)
         shown = title if title is not None else f"{type(model).__name__}: entities in the Poincaré disk"
         _rim(axes)
-        if factor != 1.0:
-            axes.text(
-                0, -1.06, f"distances from the centre times {factor:.3g}", ha="center", va="top", fontsize=8,
-                color=MUTED,
-            )  # fmt: skip
+        steps = ", ".join(f"{step / factor:.2g}" for step in CIRCLES)
+        scaled = "" if factor == 1.0 else f", drawn times {factor:.2g}"
+        axes.text(0, -1.06, f"circles: distance {steps} from the centre{scaled}", ha="center", va="top", fontsize=8,
+                  color=MUTED)  # fmt: skip
     order = np.argsort(degree, kind="stable")  # the busiest on top
     drawn = axes.scatter(
         xy[order, 0], xy[order, 1], c=np.log10(np.maximum(degree[order], 1)), cmap=_colours(), linewidths=0.3,
         edgecolors="white", s=_dot(len(xy)), zorder=3,
     )  # fmt: skip
     _degree_bar(figure, axes, drawn, degree)
-    _name_points(figure, axes, xy, order[::-1].tolist(), triples.entity_labels, names)
     _titled(axes, shown)
+    _name_points(figure, axes, xy, order[::-1].tolist(), triples.entity_labels, names, rim=points is not None)
     return figure
 
 
@@ -294,7 +299,7 @@ def _signed(basis: Tensor) -> Tensor:
 
 
 def _rim(axes: Axes) -> None:
-    """The disk: its rim, two circles of equal hyperbolic steps, no ticks."""
+    """The disk: its rim, circles of equal hyperbolic steps, no ticks."""
     from matplotlib.patches import Circle
 
     axes.set_aspect("equal")
@@ -303,7 +308,7 @@ def _rim(axes: Axes) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.add_patch(Circle((0, 0), 1, facecolor="#f6f8fa", edgecolor=MUTED, linewidth=1.0, zorder=0))
-    for rho in (1, 2, 3):
+    for rho in CIRCLES:
         axes.add_patch(
             Circle((0, 0), float(np.tanh(rho / 2)), facecolor="none", edgecolor=GRID, linewidth=0.8, zorder=1)
         )
@@ -335,60 +340,134 @@ def _degree_bar(figure: Figure, axes: Axes, drawn: Any, degree: np.ndarray) -> N
 
 
 def _name_points(
-    figure: Figure, axes: Axes, xy: np.ndarray, order: Sequence[int], labels: Sequence[str], names: int
+    figure: Figure,
+    axes: Axes,
+    xy: np.ndarray,
+    order: Sequence[int],
+    labels: Sequence[str],
+    names: int,
+    rim: bool,
 ) -> None:
-    """Name the first points in order that lie apart: off other names, inside the picture, over few points."""
-    from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
-
+    """Name the first points in order that lie apart; with a rim, names had better not cross it."""
     figure.draw_without_rendering()
-    dots, inside, unit = axes.transData.transform(xy), axes.get_window_extent(), figure.dpi / 72
-    style: dict[str, Any] = {"fontsize": 7.5, "color": INK, "zorder": 5, "va": "center"}
-    style["path_effects"] = [withStroke(linewidth=2.2, foreground="white")]
+    dots, unit = axes.transData.transform(xy), figure.dpi / 72
+    if rim:
+        angle = np.linspace(0, 2 * np.pi, 720)
+        circle = axes.transData.transform(np.stack([np.cos(angle), np.sin(angle)], 1))
+    covering = _covering(np.concatenate([dots, circle]) if rim else dots)
     taken: list[Bbox] = []
     named: list[int] = []
-    for k in order:
+    rounds = [(k, limit) for limit in (0, 2) for k in order[:TRIED]] + [(k, sys.maxsize) for k in order]
+    for k, covered in rounds:
         if len(named) == names:
             break
         if any(np.linalg.norm(dots[k] - dots[other]) < APART * unit for other in named):
             continue
         label = _label(labels[k], 26)
-        probe = axes.text(0, 0, label, **style)
-        width, height = (getattr(probe.get_window_extent(), what) for what in ("width", "height"))
-        probe.remove()
-        best: tuple[float, float, float, str, Bbox] | None = None
-        for away in (7, 14, 22):
-            for angle in np.arange(16) * np.pi / 8:
-                dx, dy = away * float(np.cos(angle)), away * float(np.sin(angle))
-                align = "left" if dx > 1 else "right" if dx < -1 else "center"
-                left = dots[k, 0] + dx * unit - {"left": 0, "right": width, "center": width / 2}[align]
-                box = Bbox.from_bounds(left, dots[k, 1] + dy * unit - height / 2, width, height)
-                fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-                if fits and not any(box.overlaps(other) for other in taken):
-                    near = (dots > (box.x0 - 5, box.y0 - 5)) & (dots < (box.x1 + 5, box.y1 + 5))
-                    cost = int(near.all(1).sum()) + away / 20
-                    if best is None or cost < best[0]:
-                        best = (cost, dx, dy, align, box)
-        if best is None:
+        spot = _spot(figure, axes, label, 7.5, dots[k], covering, taken, 0.0)
+        if spot is None or spot.covered > covered:
             continue
-        edge = {"left": (0.0, 0.5), "right": (1.0, 0.5), "center": (0.5, 0.5)}[best[3]]
-        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2.5, "relpos": edge}
-        text = axes.annotate(
-            label, (xy[k, 0], xy[k, 1]), best[1:3], textcoords="offset points", ha=best[3], arrowprops=line, **style
-        )
-        text.set_in_layout(False)
-        taken.append(best[4])
+        _write(axes, label, (xy[k, 0], xy[k, 1]), spot, fontsize=7.5, color=INK)
+        taken.append(spot.box)
         named.append(k)
 
 
-def _dressed(axes: Axes) -> None:
-    axes.set_facecolor("none")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#b6bfca")
-    axes.tick_params(colors=MUTED, labelsize=8.5, width=0.6, length=3)
+def _note_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
+    """Notes beside the points of a figure, off each other and off what is drawn."""
+    figure.draw_without_rendering()
+    drawn = [axes.transData.transform(np.asarray(line.get_xydata())) for line in axes.lines]
+    bars = [axes.transData.transform([(p.parameters, p.mrr - (p.spread or 0)), (p.parameters, p.mrr + (p.spread or 0))])
+            for p in points]  # fmt: skip
+    covering = _covering(np.concatenate([_along(path) for path in (*drawn, *bars) if len(path)]))
+    taken: list[Bbox] = []
+    for p in points:
+        at = axes.transData.transform((p.parameters, p.mrr))
+        label = _label(p.note, 28)
+        spot = _spot(figure, axes, label, 7.5, at, covering, taken, np.pi / 2) if p.note else None
+        if spot is not None:
+            _write(axes, label, (p.parameters, p.mrr), spot, fontsize=7.5, color=MUTED)
+            taken.append(spot.box)
+
+
+def _along(path: np.ndarray, step: float = 4.0) -> np.ndarray:
+    """Points along a path of straight pieces, at most a step apart."""
+    pieces = [path[-1:]]
+    for start, end in itertools.pairwise(path):
+        count = max(int(np.linalg.norm(end - start) / step), 1)
+        pieces.append(start + (end - start) * np.arange(count)[:, None] / count)
+    return np.concatenate(pieces)
+
+
+def _covering(obstacles: np.ndarray) -> Callable[[Bbox], int]:
+    """How many points lie in a box, to a pixel, by a table of sums: many boxes are tried."""
+    low = np.floor(obstacles.min(0))
+    places = (obstacles - low).astype(np.int64)
+    size = places.max(0) + 1
+    counts = np.zeros(size + 1, dtype=np.int64)
+    np.add.at(counts, tuple(places.T + 1), 1)
+    sums = counts.cumsum(0).cumsum(1)
+
+    def covered(box: Bbox) -> int:
+        x0, y0, x1, y1 = np.clip(np.rint(box.extents - np.tile(low, 2)), 0, np.tile(size, 2)).astype(np.int64)
+        return int(sums[x1, y1] - sums[x0, y1] - sums[x1, y0] + sums[x0, y0])
+
+    return covered
+
+
+class _Spot(NamedTuple):
+    """Where a text stands beside its point: offset in points (1/72 inch), alignment, box in pixels, what it covers."""
+
+    dx: float
+    dy: float
+    align: str
+    box: Bbox
+    covered: int
+
+
+def _spot(
+    figure: Figure,
+    axes: Axes,
+    label: str,
+    fontsize: float,
+    at: np.ndarray,
+    covering: Callable[[Bbox], int],
+    taken: Sequence[Bbox],
+    first: float,
+) -> _Spot | None:
+    """The best place of a text: inside the axes, off other texts, over few obstacles, near, at the first angle."""
+    from matplotlib.transforms import Bbox
+
+    unit, inside = figure.dpi / 72, axes.get_window_extent()
+    probe = axes.text(0, 0, label, fontsize=fontsize)
+    width, height = (getattr(probe.get_window_extent(), what) for what in ("width", "height"))
+    probe.remove()
+    best, least = None, np.inf
+    for away in (7, 14, 22):
+        for angle in first + np.arange(16) * np.pi / 8:
+            dx, dy = away * float(np.cos(angle)), away * float(np.sin(angle))
+            align = "left" if dx > 1 else "right" if dx < -1 else "center"
+            left = at[0] + dx * unit - {"left": 0, "right": width, "center": width / 2}[align]
+            box = Bbox.from_bounds(left, at[1] + dy * unit - height / 2, width, height)
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if fits and not any(box.overlaps(other) for other in taken):
+                covered = covering(box.padded(5))
+                cost = covered + away / 20
+                if cost < least:
+                    best, least = _Spot(dx, dy, align, box, covered), cost
+    return best
+
+
+def _write(axes: Axes, label: str, at: tuple[float, float], spot: _Spot, **style: Any) -> None:
+    """A text at its place, with a thin line to its point and a white halo."""
+    from matplotlib.patheffects import withStroke
+
+    edge = {"left": (0.0, 0.5), "right": (1.0, 0.5), "center": (0.5, 0.5)}[spot.align]
+    line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2.5, "relpos": edge}
+    text = axes.annotate(
+        label, at, (spot.dx, spot.dy), textcoords="offset points", ha=spot.align, va="center", arrowprops=line,
+        zorder=5, path_effects=[withStroke(linewidth=2.2, foreground="white")], **style,
+    )  # fmt: skip
+    text.set_in_layout(False)
 
 
 def _whole_numbers(axes: Axes) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tnlayers.kg.describe import CARDINALITIES, Description, cardinalities, first_of_each, repeated
-from tnlayers.kg.readers import KINDS, Columns, kind_of, named, placed, read_file, recognized
+from tnlayers.kg.readers import KINDS, OPENKE, Columns, kind_of, placed, read_file, read_openke, read_table
 
 SPLITS = ("train", "valid", "test")
 STEMS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test", "testing")}
@@ -83,6 +83,11 @@ class Triples:
                 )
         if not len(self.train):
             raise ValueError("Triples: the training split is empty; there is nothing to learn from")
+
+    def __repr__(self) -> str:
+        sizes = "".join(f", {split}={len(self.split(split))}" for split in SPLITS)
+        counts = f"entities={self.num_entities}, relations={len(self.relation_to_id)}, inverse={self.inverse}"
+        return f"Triples(name={self.name!r}, {counts}{sizes})"
 
     @property
     def num_entities(self) -> int:
@@ -189,14 +194,16 @@ def load_triples(
 ) -> Triples:
     r"""Read triples and number their names; entities and relations that only valid or test have are numbered too.
 
-    Names are numbered in sorted order over all splits. Repeated lines of a split are left out and counted; the order
-    is that of the files. A folder holds train, valid (validation, val, dev) and test in .tsv, .csv, .txt or .nt
-    (N-Triples), each maybe packed (.gz, .bz2, .xz); a split without a file is empty. About .3 s for 10^5 triples.
+    Names are numbered in sorted order over all splits; blanks at their ends are no part of them. Repeated lines of a
+    split are left out and counted; the order is that of the files. A folder holds train, valid (validation, val, dev)
+    and test in .tsv, .csv, .txt, .nt (N-Triples; a blank node of one label is one entity in all files) or .parquet,
+    each maybe packed (.gz, .bz2, .xz); a split without a file is empty. A folder of OpenKE's (entity2id.txt,
+    relation2id.txt, train2id.txt, ...) keeps its ids. About .3 s for 10^5 triples.
 
     Args:
         source: a folder; one file (all of it is training); a mapping of "train", "valid", "test" to files, pandas
-            DataFrames, or rows of three labels; or the name of a PyKEEN dataset, numbered as PyKEEN numbers it
-            ("nations", "umls", "kinships" come with PyKEEN, others it downloads).
+            DataFrames, or rows of three labels (text or whole numbers); or the name of a PyKEEN dataset, numbered as
+            PyKEEN numbers it ("nations", "umls", "kinships" come with PyKEEN, others it downloads).
         inverse: whether models answer (?, r, t) as (t, r^-1, ?).
         columns: the order of the columns: "hrt" is head, relation, tail; "htr-" has the relation third and a fourth
             column that is left out. Three names ask for columns of a header, those of head, relation and tail.
@@ -213,7 +220,7 @@ def load_triples(
     Raises:
         FileNotFoundError: no such folder or file.
         TypeError: another source, such as a table alone.
-        ImportError: the name of a PyKEEN dataset without PyKEEN.
+        ImportError: the name of a PyKEEN dataset without PyKEEN, .parquet without pandas or pyarrow.
         ValueError: a malformed line (file and number), no training triples, unseen names under `unseen="error"`.
 
     Example:
@@ -233,7 +240,9 @@ def load_triples(
     ):
         if value not in allowed:
             raise ValueError(f"load_triples: {what} must be one of {', '.join(allowed)}, got {value!r}")
-    placed(columns)
+    places = placed(columns)
+    if delimiter == "":
+        raise ValueError("load_triples: delimiter must be what stands between columns, got ''; None finds it")
     if not isinstance(source, str | os.PathLike | Mapping):
         raise TypeError(
             f"load_triples: expected a folder, a file, a name or a mapping of splits, got {type(source).__name__}; "
@@ -250,23 +259,28 @@ def load_triples(
         path = Path(source)
         if not path.exists():
             return _from_pykeen(str(source), inverse, name)
-        parts = _files(path) if path.is_dir() else {"train": path}
         name = path.name.split(".")[0] if name is None else name
+        parts = _files(path) if path.is_dir() else {"train": path}
+        if not parts:
+            if places != placed("hrt"):
+                raise ValueError(f"load_triples: {path} is OpenKE's, head, tail, relation; got columns={columns!r}")
+            found, order = read_openke(path)
+            return _numbered(found, inverse, unseen, name, order)
     read: dict[str, Columns] = {}
     for split, part in parts.items():
         if isinstance(part, str | os.PathLike):
             read[split] = read_file(Path(part), columns, delimiter, header, literals)
         else:
-            read[split] = _table(split, part, columns)
+            read[split] = read_table(split, part, columns)
     return _numbered(read, inverse, unseen, name or "")
 
 
 def _files(folder: Path) -> dict[str, Path]:
+    """The file of every split; none for a folder of OpenKE's."""
     found: dict[str, Path] = {}
+    there = sorted(file for file in folder.iterdir() if file.is_file())
     for split, stems in STEMS.items():
-        files = sorted(
-            file for file in folder.iterdir() if file.name.split(".")[0].lower() in stems and kind_of(file)[0]
-        )
+        files = [file for file in there if file.name.split(".")[0].lower() in stems and kind_of(file)[0]]
         if len(files) > 1:
             raise ValueError(
                 f"load_triples: {folder} has {len(files)} files of {split} ({', '.join(file.name for file in files)}); "
@@ -274,49 +288,37 @@ def _files(folder: Path) -> dict[str, Path]:
             )
         if files:
             found[split] = files[0]
+    if "train" not in found and (folder / OPENKE["train"]) in there:
+        return {}
     if "train" not in found:
+        others = [file.name for file in there if file.name.lower().startswith("train")]
+        got = f", got {', '.join(others)}" if others else ""
         raise FileNotFoundError(
             f"load_triples: {folder} has no training file, expected train with one of {', '.join(KINDS)} (or packed)"
+            f"{got}"
         )
     return found
 
 
-def _table(split: str, table: Any, columns: str | Sequence[str]) -> Columns:
-    """Labels of a DataFrame or of rows."""
-    header = [str(column) for column in table.columns] if hasattr(table, "columns") else None
-    where = placed(columns)
-    if where is None:
-        if header is None:
-            raise ValueError(
-                f"load_triples: columns by name need a DataFrame with a header, got {type(table).__name__}"
-            )
-        where = named(header, columns, split)
-    elif header is not None:
-        where = recognized(header) or where
-    head, relation, tail, width = where
-    try:
-        rows = np.asarray(table.to_numpy() if header is not None else table)
-    except ValueError as error:  # rows of different lengths
-        raise ValueError(f"load_triples: {split} must be rows of {width} labels ({error})") from None
-    if rows.size == 0:
-        return Columns([], [], [])
-    if rows.ndim != 2 or rows.shape[1] != width:
-        raise ValueError(f"load_triples: {split} must be rows of {width} labels, got the shape {rows.shape}")
-    read = Columns(*(rows[:, place].tolist() for place in (head, relation, tail)))
-    for part, what in zip(read[:3], ("head", "relation", "tail"), strict=True):
-        for number, label in enumerate(part):
-            if label is None or _missing(label) or label == "":
-                raise ValueError(f"load_triples: {split} row {number}: the {what} is missing ({label!r})")
-    return read
-
-
-def _numbered(read: Mapping[str, Columns], inverse: bool, unseen: str, name: str) -> Triples:
-    """Vocabularies, ids, and what was left out."""
+def _numbered(
+    read: Mapping[str, Columns],
+    inverse: bool,
+    unseen: str,
+    name: str,
+    order: tuple[list[str], list[str]] | None = None,
+) -> Triples:
+    """Vocabularies, ids, and what was left out; `order` holds entities and relations that are numbered already."""
     if not read["train"].heads:
-        raise ValueError("load_triples: the training split is empty; there is nothing to learn from")
+        left = f" ({read['train'].literals} statements with a literal were left out)" if read["train"].literals else ""
+        raise ValueError(f"load_triples: the training split is empty{left}; there is nothing to learn from")
     source = read.values() if unseen != "drop" else [read["train"]]
     entities = _vocabulary(part for columns in source for part in (columns.heads, columns.tails))
     relations = _vocabulary(columns.relations for columns in source)
+    if order is not None:
+        entities, relations = (
+            {label: number for number, label in enumerate(x for x in labels if unseen != "drop" or x in seen)}
+            for labels, seen in zip(order, (entities, relations), strict=True)
+        )
     splits, duplicates, dropped = {}, {}, {}
     for split in SPLITS:
         columns = read.get(split, Columns([], [], []))
@@ -360,14 +362,6 @@ def _vocabulary(parts: Iterable[list[Any]]) -> dict[Any, int]:
         return {label: number for number, label in enumerate(sorted(found))}
     ids = {name: number for number, name in enumerate(sorted(set(map(str, found))))}
     return {label: ids[str(label)] for label in sorted(found, key=str)}
-
-
-def _missing(label: Any) -> bool:
-    """NaN, and pandas' NA, whose comparisons have no truth value."""
-    try:
-        return bool(label != label)
-    except TypeError:
-        return True
 
 
 def _ids(what: str, names: Iterable[str], ids: Mapping[str, int]) -> Tensor:
