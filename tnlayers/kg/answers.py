@@ -38,6 +38,10 @@ class Answers:
     num_entities: int
     num_relations: int
 
+    def __repr__(self) -> str:
+        sizes = f"entities={self.num_entities}, relations={self.num_relations}"
+        return f"Answers({len(self.queries)} queries, {len(self.tails)} answers, {sizes})"
+
     @classmethod
     def of(cls, triples: Int[Tensor, "n 3"], num_entities: int, num_relations: int) -> Answers:
         """Group triples by (head, relation). Cost O(n log n).

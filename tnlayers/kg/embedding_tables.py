@@ -31,6 +31,10 @@ class Embeddings:
     entities: dict[str, Float[Tensor, "N d"]]
     relations: dict[str, Float[Tensor, "R e"]]
 
+    def __repr__(self) -> str:
+        shapes = ({name: tuple(rows.shape) for name, rows in of.items()} for of in (self.entities, self.relations))
+        return "Embeddings(entities={}, relations={})".format(*shapes)
+
 
 def embeddings(model: KGModel) -> Embeddings:
     """The tables of a model, found by what they do: row k matters to the scores of entity (relation) k alone.

@@ -78,6 +78,9 @@ class History:
         """The validation MRR of the best epoch."""
         return None if self.best is None else self.mrr[self.best]
 
+    def __repr__(self) -> str:
+        return f"History({self})"
+
     def __str__(self) -> str:
         if not self.epochs:
             return "no epoch done"

@@ -51,6 +51,9 @@ class Ranks:
     def __len__(self) -> int:
         return len(self.options)
 
+    def __repr__(self) -> str:
+        return f"Ranks({len(self)} queries, {int(self.of_head.sum())} for heads)"
+
     def where(self, chosen: Bool[Tensor, n]) -> Ranks:
         """Those of some queries."""
         parts = (self.triples, self.of_head, self.optimistic, self.pessimistic, self.options)
