@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tnlayers import RankAdaptive
-from tnlayers.kg import RTuckER, make_optimizer
+from tnlayers.kg import Answers, RTuckER, TuckER, embeddings, evaluate, load_triples, make_optimizer, train
 
 GRAPH = SimpleNamespace(num_entities=9, num_relations=6, inverse=True)
 
@@ -30,3 +30,19 @@ def test_optimizers_of_trees_name_those_of_shared_tables():
     separate = RTuckER(GRAPH, (2, 3), shared=False)
     made = make_optimizer(separate, "RankAdaptive", lr=0.1, weight_decay=0.0, steps=10)
     assert isinstance(made, RankAdaptive)
+
+
+def test_results_print_in_a_line():
+    triples = load_triples({"train": [(f"e{k}", "r", f"e{k + 1}") for k in range(300)], "test": [("e0", "r", "e2")]})
+    model = TuckER(triples, 4, 2)
+    history = train(model, triples, epochs=30, lr=0.01, seed=0)
+    answers = Answers.of(triples.train, triples.num_entities, triples.num_relations)
+    for made, text in (
+        (history, "History(30 epochs in "),
+        (answers, "Answers(300 queries, 300 answers, entities=301, relations=2)"),
+        (evaluate(model, triples, "test").ranks, "Ranks(2 queries, 1 for heads)"),
+        (embeddings(model), "Embeddings(entities={'entities': (301, 4)}, relations={"),
+    ):
+        assert repr(made).startswith(text)
+        assert len(repr(made)) < 120
+        assert "\n" not in repr(made)
