@@ -72,3 +72,18 @@ def bits(model):
 
 def equal(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def family(*, unseen=True) -> dict[str, list[tuple[str, str, str]]]:
+    """Parents and grandparents of a binary tree: a rule to be learnt, and a relation and an entity never trained."""
+    parent = [(f"person {k}", "parent of", f"person {2 * k + side}") for k in range(1, 16) for side in (0, 1)]
+    grand = [(f"person {k}", "grandparent of", f"person {4 * k + s}") for k in range(1, 8) for s in range(4)]
+    never = [("person 1", "knows", "stranger")] if unseen else []
+    return {"train": parent + grand[4:], "valid": grand[:2], "test": grand[2:4] + never}
+
+
+def written(folder, splits):
+    """The splits as files of a folder."""
+    for split, rows in splits.items():
+        (folder / f"{split}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    return folder

@@ -1,14 +1,54 @@
-"""Models and optimizers of knowledge graphs where users go wrong first: half precision, one rank, a wrong name."""
+"""Models and optimizers of knowledge graphs where users go wrong first: precision, ranks, names, generators."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tnlayers import RankAdaptive
+from tnlayers import RankAdaptive, kg
 from tnlayers.kg import Answers, RTuckER, TuckER, embeddings, evaluate, load_triples, make_optimizer, train
+from tnlayers.kg.folder import inner_option
 
 GRAPH = SimpleNamespace(num_entities=9, num_relations=6, inverse=True)
+DRAWN = [
+    name
+    for name, kind in vars(kg).items()
+    if inspect.isclass(kind) and issubclass(kind, kg.KGModel) and "generator" in inspect.signature(kind).parameters
+]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_generator_is_all_that_a_start_draws_from(name):
+    """Torch's own is left as it was, and the start does not depend on it; without one the start is torch's."""
+    first = GRAPH if inner_option(name) is None else kg.TuckER(GRAPH, 4, 2)
+    seen = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model = getattr(kg, name)(first, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(torch.get_rng_state(), before)
+        seen.append(model.state_dict())
+    assert all(torch.equal(seen[0][key], seen[1][key]) for key in seen[0])
+    getattr(kg, name)(first)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_models_of_ones_own_keep_the_promise():
+    class Own(kg.KGModel):
+        def __init__(self, triples, width=3, *, generator=None):
+            super().__init__(triples.num_entities, triples.num_relations, inverse=triples.inverse)
+            self.entities = torch.nn.Embedding(self.num_entities, width)  # draws a start of its own
+            torch.nn.init.normal_(self.entities.weight, generator=generator)
+
+    before = torch.get_rng_state()
+    Own(GRAPH, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(inspect.signature(Own).parameters) == ["triples", "width", "generator"]
+
+
+def test_every_model_that_draws_is_among_them():
+    assert {"TuckER", "TTER", "RESCAL", "MEIM", "DistMult", "ComplEx", "RotH", "AttH", "LPITF", "MIGTF"} <= set(DRAWN)
 
 
 def test_an_r_tucker_starts_in_half_precision():

@@ -1,4 +1,4 @@
-"""`tnlayers kg`: folders that rebuild alone, predictions by name, tables as files, exit codes."""
+"""Jobs on knowledge graphs: folders that rebuild alone, predictions by name, tables as files."""
 
 import json
 import os
@@ -11,39 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from kg_models import family, written
 
 from tnlayers import kg
-from tnlayers.cli import app
 from tnlayers.kg.folder import make_model, parse_options
 from tnlayers.kg.job import TrainConfig, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def family() -> dict[str, list[tuple[str, str, str]]]:
-    """Parents and grandparents of a binary tree: a rule to be learnt, and a relation and an entity never trained."""
-    parent = [(f"person {k}", "parent of", f"person {2 * k + side}") for k in range(1, 16) for side in (0, 1)]
-    grand = [(f"person {k}", "grandparent of", f"person {4 * k + s}") for k in range(1, 8) for s in range(4)]
-    return {"train": parent + grand[4:], "valid": grand[:2], "test": [*grand[2:4], ("person 1", "knows", "stranger")]}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("family")
-    for split, rows in family().items():
-        (folder / f"{split}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
-    return folder
+    return written(tmp_path_factory.mktemp("family"), family())
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """The same without what training has never seen."""
-    folder = tmp_path_factory.mktemp("seen")
-    for split, rows in family().items():
-        kept = [row for row in rows if row[1] != "knows"]
-        (folder / f"{split}.tsv").write_text("".join("\t".join(row) + "\n" for row in kept))
-    return folder
+    return written(tmp_path_factory.mktemp("seen"), family(unseen=False))
 
 
 TRAINING = {"epochs": 6, "lr": 0.02, "batch_size": 16, "every": 3}
@@ -64,19 +49,6 @@ def config(data, out, **changed):
 def trained(seen, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "out"
     return out, run(config(seen, out))
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, ["kg", *map(str, arguments)], env={"COLUMNS": "120", "TERM": "dumb"})
-
-
-def refused(result, *parts: str):
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    for part in parts:
-        assert part in lines[0], lines[0]
 
 
 # --- folders ---
@@ -369,53 +341,3 @@ def test_points_of_a_hyperbolic_model_are_exported(seen, tmp_path):
     # curvature 1: the distance from the origin is twice the length of the tangent vector
     expected = 2 * model.entities.detach().double().norm(dim=1).numpy()
     np.testing.assert_allclose(2 * np.arctanh(norm), expected, rtol=1e-6)
-
-
-# --- the commands ---
-
-
-def test_the_commands(trained, tmp_path):
-    out, result = trained
-    found = call("eval", out, "--by-relation")
-    assert found.exit_code == 0, found.output
-    rows = {line[:14].strip(): line.split() for line in found.stdout.splitlines()}
-    assert {"realistic", "optimistic", "pessimistic", "heads", "tails"} <= rows.keys()
-    assert rows["realistic"][1] == f"{result.metrics['test'].mrr:.4f}"
-    assert "grandparent of" in found.stdout
-    assert json.loads(call("eval", out, "--json").stdout)["mrr"] == result.metrics["test"].mrr
-    asked = call("predict", out, "--head", "person 2", "--relation", "parent of", "-n", "3")
-    assert asked.exit_code == 0
-    assert asked.stdout.splitlines()[0] == "(person 2, parent of, ?): 2 known"
-    assert len(asked.stdout.splitlines()) == 6
-    as_json = json.loads(
-        call("predict", out, "--relation", "parent of", "--tail", "person 4", "--new", "--json").stdout
-    )
-    assert as_json["known"] == 1
-    assert "person 2" not in [answer["name"] for answer in as_json["answers"]]
-    written = call("export", out, "--form", "w2v", "--out", tmp_path / "tables")
-    assert written.exit_code == 0
-    assert written.stdout.count(" written") == 2
-    refused(call("predict", out, "--head", "persn 2", "--relation", "parent of"), "like it: person 2")
-    refused(call("eval", out, "--split", "tets"), "train, valid, test")
-    refused(call("eval", tmp_path), "expected a folder with kg.json")
-    refused(call("export", out, "--form", "csv", "--out", tmp_path), "npy, parquet, w2v")
-    for command in ("train", "eval", "predict", "export"):
-        assert f"tnlayers kg {command}" in call(command, "--help").stdout
-
-
-def test_train_as_a_command(seen, tmp_path):
-    arguments = ["train", seen, "--set", "entity_dim=4", "--set", "relation_dim=2", "--epochs", 2, "--threads", 1]
-    result = call(*arguments, "--train", "label_smoothing=0.2", "--out", tmp_path / "a", "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["epochs"] == 2
-    settings = json.loads((tmp_path / "a" / "settings.json").read_text())
-    assert settings["training"] == {"epochs": 2, "batch_size": 128, "lr": 0.001, "label_smoothing": 0.2}
-    result = call(*arguments, "--out", tmp_path / "b")
-    assert "2 epochs in" in result.stdout
-    assert f"{tmp_path / 'b' / 'index.html'} written" in " ".join(result.stdout.split())
-    refused(call(*arguments, "--out", tmp_path / "a"), "holds another run", "--overwrite")
-    refused(call(*arguments, "--set", "depth=3", "--out", tmp_path / "c"), "TuckER has no option 'depth'")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "train.tsv").write_text("a\tr\tb\na\tr\n")
-    refused(call("train", tmp_path / "bad", "--out", tmp_path / "d"), "train.tsv")
-    assert not (tmp_path / "c").exists()

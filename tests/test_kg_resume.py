@@ -1,5 +1,6 @@
 """Training that is interrupted and goes on, bit for bit; and on several workers, as one process."""
 
+import functools
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from kg_models import Bilinear, Mapped, answers_of, bits, equal, graph
 from workers import launch
 
+from tnlayers import RankAdaptive
 from tnlayers.kg import NegativeSampling, evaluate, train
 from tnlayers.kg.batches import Batches
 
@@ -30,6 +32,7 @@ RUNS = {
     "negative sampling": (Bilinear, {"loss": NegativeSampling(5, temperature=1.0)}),
     "1-vs-all in chunks": (Bilinear, {"loss": "1-vs-all", "memory": 1000}),
     "rank-adaptive": (Mapped, {"optimizer": "RankAdaptive"}),
+    "rank-adaptive, settling": (Mapped, {"optimizer": {"name": "RankAdaptive", "tol": 0.3, "settle": 5}}),
     "Riemannian": (Mapped, {"optimizer": "RiemannianAdam"}),
     "Adagrad, decay, schedule": (
         Bilinear,
@@ -159,6 +162,29 @@ def test_more_epochs_continue(tmp_path):
     found = train(model, triples, epochs=4, checkpoint=tmp_path / "run.pt", **common)
     assert found.losses == train(whole, triples, epochs=4, **common).losses
     assert equal(bits(model), bits(whole))
+
+
+def test_ranks_settle_at_the_step_of_the_first_call(tmp_path):
+    """By name it is a part of the steps; another number of epochs, later on, does not move it."""
+    triples = graph()
+    common = {"batch_size": 16, "lr": 0.05, "seed": 3}
+    file, each = tmp_path / "run.pt", len(Batches(answers_of(triples), 16))
+    settle = round(0.6 * 10 * each)
+    assert settle > 5 * each  # so that five epochs alone would settle long before
+    asked = {"name": "RankAdaptive", "tol": 0.3}
+    model, whole = Mapped(triples), Mapped(triples)
+    train(model, triples, epochs=10, optimizer=asked, checkpoint=file, max_seconds=0.0, **common)
+    found = train(model, triples, epochs=5, optimizer=asked, checkpoint=file, **common)
+    wanted = train(whole, triples, epochs=5, optimizer={**asked, "settle": settle}, **common)
+    assert found.losses == wanted.losses
+    assert equal(bits(model), bits(whole))
+
+
+def test_another_tolerance_is_another_run(tmp_path):
+    triples, common = graph(), {"epochs": 1, "batch_size": 16, "seed": 0, "checkpoint": tmp_path / "run.pt"}
+    train(Mapped(triples), triples, optimizer={"name": "RankAdaptive", "tol": 0.1}, **common)
+    with pytest.raises(ValueError, match=r"options = \{'tol': 0.2\} \(the file: \{'tol': 0.1\}\)"):
+        train(Mapped(triples), triples, optimizer=functools.partial(RankAdaptive, tol=0.2), **common)
 
 
 def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path):

@@ -1,11 +1,10 @@
-"""Training: batches, the loop against one in the open, optimizers, validation, logs, refusals, recipes."""
+"""Training: the loop against one in the open, optimizers, validation, logs, refusals."""
 
 import copy
 import functools
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,70 +12,14 @@ from kg_models import Bilinear, Mapped, answers_of, bits, equal, graph
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import tnlayers
-from tnlayers import kg
-from tnlayers.kg import RECIPES, Epoch, History, KGModel, Loss, OneToN, evaluate, train
-from tnlayers.kg.batches import Batches, Sampling, derived
+from tnlayers.kg import Epoch, History, KGModel, Loss, OneToN, evaluate, train
+from tnlayers.kg.batches import Batches, derived
 from tnlayers.kg.optimizers import make_optimizer
 from tnlayers.surgery import network_layers
 
 F64 = torch.float64
 ROOT = Path(__file__).parents[1]
 module = sys.modules["tnlayers.kg.train"]  # `tnlayers.kg.train` is the function
-
-
-# --- batches ---
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize("size", [6, 7, 16, 50, 1000])
-def test_an_epoch_has_every_query_once_with_all_its_answers(size, workers):
-    answers = answers_of(graph())
-    parts = [Batches(answers, size, worker=k, workers=workers) for k in range(workers)]
-    epochs = [list(part.epoch(3)) for part in parts]
-    seen = []
-    for own in zip(*epochs, strict=True):
-        for batch in own:
-            rows, tails = answers.lookup(batch.heads, batch.relations)
-            assert torch.equal(rows, batch.rows)
-            assert torch.equal(tails, batch.tails)
-            assert len(batch.heads) >= 2
-            assert (batch.size, batch.answers) == (sum(len(b.heads) for b in own), sum(len(b.tails) for b in own))
-        together = torch.cat([torch.stack([b.relations, b.heads], 1) for b in own])
-        assert together.tolist() == sorted(together.tolist())  # by relation
-        seen += together.tolist()
-    assert sorted(seen) == sorted(answers.queries.flip(1).tolist())
-    if size < 50:
-        other = [batch.heads.tolist() for batch in parts[0].epoch(4)]
-        assert other != [batch.heads.tolist() for batch in epochs[0]]
-    sizes = [own[0].size for own in zip(*epochs, strict=True)]
-    assert len(sizes) == -(-len(answers) // size)
-    assert max(sizes) <= min(size, min(sizes) + 1)
-
-
-def test_batches_of_one_and_too_small_ones():
-    answers = answers_of(graph())
-    assert {len(batch.heads) for batch in Batches(answers, 1).epoch(0)} == {1}
-    with pytest.raises(ValueError, match="each of 3 workers needs two rows of a batch, expected batches of 6, got 4"):
-        Batches(answers, 5, workers=3)
-
-
-def test_negatives_do_not_depend_on_the_workers_and_leave_known_answers_out():
-    answers = answers_of(graph(entities=8))
-    sampling = Sampling(6, True)
-    whole = list(Batches(answers, 10, sampling=sampling).epoch(1))
-    parts = [list(Batches(answers, 10, sampling=sampling, worker=k, workers=2).epoch(1)) for k in range(2)]
-    triples = []
-    for batch, *own in zip(whole, *parts, strict=True):
-        for name in ("heads", "relations", "tails", "negatives", "kept"):
-            assert torch.equal(getattr(batch, name), torch.cat([getattr(part, name) for part in own]))
-        triples += zip(batch.heads.tolist(), batch.relations.tolist(), batch.tails.tolist(), strict=True)
-        for b, row in enumerate(batch.negatives.tolist()):
-            known = set(answers.lookup(batch.heads[b : b + 1], batch.relations[b : b + 1])[1].tolist())
-            assert batch.kept[b].tolist() == [entity not in known for entity in row]
-    every = answers.queries.repeat_interleave(answers.offsets.diff(), 0)
-    assert sorted(triples) == sorted(
-        (h, r, t) for (h, r), t in zip(every.tolist(), answers.tails.tolist(), strict=True)
-    )
 
 
 # --- the loop ---
@@ -423,38 +366,3 @@ def test_histories():
     assert str(history) == "1 epochs in 0.1 s, loss 0.7, ended by max_seconds"
     assert str(History((), None, "epochs")) == "no epoch done"
     assert history.best_mrr is None
-
-
-# --- recipes ---
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_run_in_short_form(name):
-    """Made small, on a small graph, with their own training; models of which this package has none yet are left out."""
-    recipe = RECIPES[name]
-    assert recipe.source
-    assert recipe.base is None or recipe.base in RECIPES
-    kind = getattr(kg, recipe.model, None)
-    if kind is None:
-        pytest.skip(f"no {recipe.model} yet")
-    triples = graph()
-    small = {"entity_dim": 6, "relation_dim": 3, "block_dim": 4, "hyperbolic_dim": 3, "ranks": (3, 5)}
-    options = {key: small.get(key, value) for key, value in recipe.options.items()}
-    first: Any = triples
-    if recipe.base is not None:
-        base = RECIPES[recipe.base]
-        first = getattr(kg, base.model)(triples, **{key: small.get(key, value) for key, value in base.options.items()})
-    model = kind(first, **options)
-    history = train(model, triples, **recipe.short(40, batch_size=32, every=None, patience=None), seed=0)
-    assert len(history.losses) == 40
-    assert sum(history.losses[-5:]) / 5 < history.losses[0]
-
-
-def test_published_settings():
-    wn, fb = RECIPES["tucker-wn18rr"], RECIPES["tucker-fb15k237"]
-    assert (wn.options["entity_dim"], wn.options["relation_dim"], wn.training["lr"]) == (200, 30, 3e-3)
-    assert (fb.options["entity_dim"], fb.options["relation_dim"], fb.training["lr"]) == (200, 200, 5e-4)
-    for recipe in (wn, fb):
-        training = recipe.training
-        assert (training["smoothing"], training["label_smoothing"], training["batch_size"]) == ("published", 0.1, 128)
-        assert training["epochs"] == 500

@@ -26,6 +26,11 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   tnlayers kg train umls --optimizer RankAdaptive --epochs 200 --every 10 --out runs/adaptive
 
+  tnlayers kg train umls --model RTuckER --set ranks=10,20 --optimizer "R-TuckER Adam" --lr .03 --out runs/r-tucker
+
+  tnlayers kg train umls --model RTuckER --set ranks=5,10 --set adaptive=true --optimizer "R-TuckER Adam" --lr .03
+  --set-optimizer tol=.1 --out runs/found
+
   tnlayers kg train DATA --model MIGTF --base runs/tucker --set hyperbolic_dim=20 --out runs/migtf
 
   tnlayers kg train DATA --train loss=softmax --train label_smoothing=0.2 --out runs/softmax
@@ -85,6 +90,10 @@ def train(
             "SGD' for an RTuckER."
         ),
     ] = None,
+    set_optimizer: Annotated[
+        list[str] | None,
+        typer.Option("--set-optimizer", help="KEY=VALUE of --optimizer, such as tol=.1; may be repeated."),
+    ] = None,
     every: Annotated[int | None, typer.Option(help="Epochs between validations.")] = None,
     patience: Annotated[int | None, typer.Option(help="Validations without a better MRR that end training.")] = None,
     further: Annotated[
@@ -108,8 +117,14 @@ def train(
         from tnlayers.kg.job import TrainConfig, run
         from tnlayers.kg.training_page import evaluation_text
 
+        own = parse_options(tuple(set_optimizer or ()))
+        if own and optimizer is None:
+            raise ValueError(
+                f"kg train: --set-optimizer gives options of --optimizer, expected both, got {own} alone; name one"
+            )
+        asked = {"name": optimizer, **own} if own else optimizer
         named = {
-            "epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer, "every": every,
+            "epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": asked, "every": every,
             "patience": patience,
         }  # fmt: skip
         training: dict[str, Any] = {key: value for key, value in named.items() if value is not None}

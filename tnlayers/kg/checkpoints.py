@@ -33,6 +33,7 @@ class RunState:
         epochs: the epochs done, in plain data.
         best: number of the best epoch; 0 before a validation.
         weights: those of the best epoch.
+        settle: step at which adapted ranks stay; that of the first call, whatever number of epochs later ones ask for.
     """
 
     seed: int
@@ -45,6 +46,7 @@ class RunState:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best: int = 0
     weights: dict[str, Any] | None = None
+    settle: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ class Checkpoint:
     identity: Mapping[str, Any]
 
     def write(self, model: nn.Module, optimizer: Optimizer, state: RunState) -> None:
-        """Keep this moment; the old file stays until the new one is whole."""
+        """Keep this moment; the old file stays until the new one is whole.
+
+        Raises:
+            OSError: the file cannot be written (a full disk).
+        """
         path = Path(self.file)
         path.parent.mkdir(parents=True, exist_ok=True)
         # not asdict: it would copy the weights
@@ -85,7 +91,11 @@ class Checkpoint:
             "random": generators(model),
         }
         with atomic_target(path) as temporary:
-            torch.save(content, temporary)
+            try:
+                torch.save(content, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                text = str(error).partition("\n")[0]
+                raise OSError(f"train: the checkpoint {path} cannot be written, is the disk full? ({text})") from None
 
     def read(self, model: nn.Module, optimizer: Optimizer) -> RunState | None:
         """Set model, optimizer and torch's generators to what was kept; None where there is no file.

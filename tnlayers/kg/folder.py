@@ -145,6 +145,29 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_device(caller: str, device: torch.device | str) -> None:
+    """Refuse a device that this machine, or this torch, does not have.
+
+    Args:
+        caller: who asks, for the message.
+        device: its name.
+
+    Raises:
+        ValueError: no such device.
+
+    Example:
+        >>> check_device("load_kg", "quantum")
+        Traceback (most recent call last):
+        ValueError: load_kg: device must be one of this machine, such as cpu, got 'quantum' (...)
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{caller}: device must be one of this machine, such as cpu, got {str(device)!r} ({one_line(error)})"
+        ) from None
+
+
 def parse_options(pairs: tuple[str, ...]) -> dict[str, Any]:
     """Options written as text: `entity_dim=64`, `dropouts=.2,.2,.3`, `entity_bias=true`, anything else a string.
 
@@ -255,13 +278,14 @@ def load_kg(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
-        ValueError: a damaged file, another version, tensors that do not fit; by name.
+        ValueError: a damaged file, another version, tensors that do not fit, by name; a device that is not there.
 
     Example:
         >>> load_kg("no/such/folder")
         Traceback (most recent call last):
         FileNotFoundError: load_kg: expected a folder with kg.json, as save_kg writes it, got 'no/such/folder'; check the path
     """  # noqa: E501
+    check_device("load_kg", device)
     root = Path(folder)
     root = root / INNER if (root / INNER / PLAN_FILE).is_file() else root
     if not (root / PLAN_FILE).is_file():

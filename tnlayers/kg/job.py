@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ import torch
 from decompositions.progress import Progress
 from tnlayers.files import write_atomic
 from tnlayers.kg.export import export_embeddings
-from tnlayers.kg.folder import INNER, inner_option, load_kg, make_model, model_class, save_kg
+from tnlayers.kg.folder import INNER, check_device, inner_option, load_kg, make_model, model_class, save_kg
 from tnlayers.kg.history import History
 from tnlayers.kg.metrics import Metrics
 from tnlayers.kg.model import KGModel
@@ -26,12 +28,13 @@ from tnlayers.kg.train import train
 from tnlayers.kg.training_page import training_page
 from tnlayers.kg.triples import Triples, load_triples
 from tnlayers.main_job.config import hardware_facts
+from tnlayers.optim.options import integer
 from tnlayers.pretrained.hub import read_json
 
 CHECKPOINT, LOG, METRICS, SETTINGS, PAGE = "checkpoint.pt", "log.jsonl", "metrics.json", "settings.json", "index.html"
-OURS = (CHECKPOINT, LOG, METRICS, SETTINGS, PAGE)
 OWN = ("seed", "generator", "checkpoint", "log", "progress", "schedule")
 """Arguments of `train` that the job gives itself, or that no JSON holds."""
+OURS = (CHECKPOINT, LOG, METRICS, SETTINGS, PAGE)
 DEFAULT_TRAINING: dict[str, Any] = {"epochs": 100, "batch_size": 128, "lr": 1e-3}
 
 
@@ -56,7 +59,7 @@ class TrainConfig:
         overwrite: forget what `out` holds; otherwise the same settings go on, others are refused.
 
     Raises:
-        ValueError: an unknown model, or training settings that are the job's own.
+        ValueError: an unknown model or device, no threads, training settings that are the job's own.
 
     Example:
         >>> TrainConfig("umls", "runs/umls", training={"epochs": 3}).training
@@ -82,6 +85,9 @@ class TrainConfig:
         if self.recipe is not None and self.recipe not in RECIPES:
             raise ValueError(f"kg train: no recipe is called {self.recipe!r}, expected one of {', '.join(RECIPES)}")
         model_class(self.kind)
+        if self.threads is not None and not integer(self.threads, 1):
+            raise ValueError(f"kg train: threads must be an int >= 1, or None for torch's number, got {self.threads!r}")
+        check_device("kg train", self.device)
         known = [name for name in list(inspect.signature(train).parameters)[2:] if name not in OWN]
         for name in self.training:
             if name not in known:
@@ -162,7 +168,9 @@ def run(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
 
     Raises:
         FileNotFoundError: no such data, or the parent of `out` is missing.
-        ValueError: data, options or settings that make no sense; a folder of other settings.
+        ValueError: data, options or settings that make no sense; a folder of other settings. All of this before a
+            file in `out` is touched.
+        OSError: a full disk. What was written before stays, whole.
 
     Example:
         >>> import tempfile
@@ -178,6 +186,7 @@ def run(config: TrainConfig, progress: Progress | None = None) -> TrainResult:
     settings = config.settings()
     triples = load_triples(config.data, config.inverse, config.columns, unseen=config.unseen)
     model, options = _model(config, triples)
+    _refuse_early(config, model, triples)
     _open(out, settings | {"facts": _facts(triples)}, config.overwrite)
     try:
         if config.threads is not None:
@@ -221,6 +230,14 @@ def _model(config: TrainConfig, triples: Triples) -> tuple[KGModel, dict[str, An
         return make_model(config.kind, triples, given).to(config.device), kept
 
 
+def _refuse_early(config: TrainConfig, model: KGModel, triples: Triples) -> None:
+    """What training refuses, it refuses before anything in `out` is touched: a trial on a copy, without an epoch."""
+    training = config.trained_with
+    epochs = training["epochs"]
+    none = {"epochs": 0 if integer(epochs, 0) else epochs, "tensorboard": None}
+    train(copy.deepcopy(model), triples, **training | none, seed=config.seed)
+
+
 def _facts(triples: Triples) -> dict[str, int]:
     """Sizes by which data of the same name are told apart."""
     splits = {split: len(triples.split(split)) for split in ("train", "valid", "test")}
@@ -228,25 +245,35 @@ def _facts(triples: Triples) -> dict[str, int]:
 
 
 def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """A folder for these settings: new, or one they were run in."""
+    """A folder for these settings: new, one they were run in, or one where nothing was kept of other ones."""
     if not out.is_dir() and (out.exists() or not out.parent.is_dir()):
         raise FileNotFoundError(f"kg train: OUT must be a folder, or a new one in a folder that exists, got {out}")
     file = out / SETTINGS
     kept = json.loads(json.dumps(settings))
     if out.is_dir() and any(out.iterdir()):
-        if not file.is_file():
+        there = read_json("kg train", file) if file.is_file() else {}
+        if not kept.keys() <= there.keys():
             raise ValueError(f"kg train: {out} holds something else; give another folder")
-        if overwrite:
+        for name in (*OURS, INNER):  # what kill -9 left of writes
+            for left in out.glob(f".{name}.*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if overwrite or not any((out / name).exists() for name in (CHECKPOINT, METRICS, INNER)):
+            shutil.rmtree(out / INNER, ignore_errors=True)  # an old model is none of the new settings
             for name in OURS:
-                (out / name).unlink(missing_ok=True)
+                if name != SETTINGS:  # replaced below: without it the folder would be taken for another's
+                    (out / name).unlink(missing_ok=True)
         else:
-            there = read_json("kg train", file)
             other = [key for key in {**there, **kept} if there.get(key) != kept.get(key)]
             if other:
                 told = ", ".join(f"{key} = {kept.get(key)!r} (there: {there.get(key)!r})" for key in other)
                 raise ValueError(f"kg train: {out} holds another run: {told}; give overwrite=True (--overwrite)")
-    out.mkdir(exist_ok=True)
-    write_atomic(file, json.dumps(kept, indent=1, allow_nan=False) + "\n")
+    try:
+        out.mkdir(exist_ok=True)
+        write_atomic(file, json.dumps(kept, indent=1, allow_nan=False) + "\n")
+    except PermissionError as error:
+        raise PermissionError(
+            f"kg train: OUT must be a folder that can be written, got {out} ({error.strerror}); give another"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
 """What every model of a knowledge graph is to training and evaluation: a query, and entities it is compared with."""
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from tnlayers.dense import unchanged_rng
 
 Entities = slice | Int[Tensor, "n"] | None
 """Which entities: a range, their ids, or all."""
@@ -45,6 +50,11 @@ class KGModel(nn.Module):
         >>> model.score_all(h, r).shape, torch.equal(model(h, r, t), model.score_all(h, r)[:, 2])
         (torch.Size([2, 5]), True)
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls) and "generator" in inspect.signature(cls.__init__).parameters:
+            cls.__init__ = _drawing_from_its_generator(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, num_entities: int, num_relations: int, *, inverse: bool) -> None:
         super().__init__()
@@ -134,3 +144,20 @@ class KGModel(nn.Module):
     def parameter_count(self) -> int:
         """Numbers of all parameters, those held fixed (a frozen MIGTF) among them, buffers not."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _drawing_from_its_generator(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that, given a generator, leaves torch's own as they were.
+
+    Tables and layers of torch draw a start of their own when they are made, which the model then draws anew.
+    """
+
+    @wraps(init)
+    def made(self: Any, *args: Any, generator: torch.Generator | None = None, **options: Any) -> None:
+        if generator is None:
+            init(self, *args, **options)
+            return
+        with unchanged_rng(generator.device):
+            init(self, *args, generator=generator, **options)
+
+    return made

@@ -22,23 +22,16 @@ from tnlayers.kg.batches import Batches, Sampling, derived
 from tnlayers.kg.checkpoints import Checkpoint, RunState, generators, set_generators
 from tnlayers.kg.chunks import MEMORY, Batch
 from tnlayers.kg.history import Epoch, EpochLog, History, from_plain, measured, to_plain
-from tnlayers.kg.losses import Loss, NegativeSampling, OneToN, Softmax
+from tnlayers.kg.losses import Loss, NegativeSampling
 from tnlayers.kg.model import KGModel
-from tnlayers.kg.optimizers import Asked, make_optimizer
+from tnlayers.kg.optimizers import Asked, make_optimizer, plain_options
 from tnlayers.kg.ranking import evaluate
+from tnlayers.kg.training_options import check_training, loss_of
 from tnlayers.kg.triples import Triples
 from tnlayers.kg.workers import Together, joined, told
 from tnlayers.optim import compact
 from tnlayers.optim.engine import NetworkOptimizer
 
-LOSSES: dict[str, Callable[[float, str], Loss]] = {
-    "1-N": OneToN,
-    "softmax": lambda smoothing, formula: Softmax(smoothing, "query"),
-    "1-vs-all": lambda smoothing, formula: Softmax(smoothing, "answer"),
-    "negative sampling": lambda smoothing, formula: NegativeSampling(),
-}
-EVERY = 10
-"""Epochs between validations where only a patience is given."""
 LOOK = 64
 """Steps on a GPU after which losses are looked at: each look waits for the device."""
 
@@ -75,14 +68,17 @@ def train(
     """Train a model on the training split, in place.
 
     Batches are slices of a permutation of the distinct queries (h, r), those of inverse relations among them, each with
-    all its answers; or of the triples, for negative sampling. Inside a batch queries are sorted by relation.
+    all its answers; or of the triples, for negative sampling. Inside a batch queries are sorted by relation. Of a graph
+    without inverse relations (h, r, ?) alone is trained, by every loss: heads are ranked by the same scores, but no
+    step has asked for them. `inverse=True`, the default of `load_triples`, trains both.
 
     With validation (`every` or `patience`) the model holds the weights of the epoch with the highest filtered MRR when
     this returns, otherwise those of the last step. Networks trained by an optimizer of ours are left at the ranks it
     found (see `tnlayers.compact`).
 
     With a checkpoint an interrupted run, whether by Ctrl-C, `max_seconds` or kill -9, goes on where the file was last
-    written: on one CPU process it ends with the same weights bit for bit. Ctrl-C writes the file first.
+    written: on one CPU process it ends with the same weights bit for bit. Ctrl-C writes the file first. With more or
+    fewer epochs than before, ranks still settle at the step of the first call.
 
     Under torchrun every worker takes its part of each batch and gradients are summed: the loss is that of one process
     (batch norm sees a worker's part). Files are written by worker 0, checkpoints between epochs.
@@ -97,7 +93,8 @@ def train(
             a `Loss` with options of its own.
         label_smoothing: eps of a loss by name; negative sampling has none.
         smoothing: formula of "1-N": "uniform", "published" or "others", see `one_to_n_loss`.
-        optimizer: see `make_optimizer`; AdamW by default.
+        optimizer: a name, or a mapping such as `{"name": "RankAdaptive", "tol": 0.05}`, or what else `make_optimizer`
+            takes; AdamW by default.
         weight_decay: of an optimizer by name.
         lr_decay: the learning rate is multiplied by it after every epoch.
         schedule: called as (step, steps), gives another factor of the learning rate.
@@ -122,7 +119,7 @@ def train(
     Raises:
         ValueError: options that make no sense, a graph that is not the model's, an empty split, a relation without
             training triples, a loss that is not finite (with epoch and batch), the checkpoint of another run.
-        TypeError: not a `KGModel`.
+        TypeError: not a `KGModel`; numbers and mappings that are something else.
 
     Example:
         >>> from tnlayers.kg import KGModel, load_triples
@@ -140,9 +137,14 @@ def train(
         (3, 'epochs')
     """
     reporting("train", progress)  # refused before any work
-    found = _loss(loss, label_smoothing, smoothing)
-    every, validation = _check(
-        model, triples, epochs, batch_size, lr, lr_decay, clip, every, patience, validation, memory
+    found = loss_of(loss, label_smoothing, smoothing)
+    every, validation = check_training(
+        model,
+        triples,
+        {"epochs": epochs, "batch_size": batch_size, "every": every, "patience": patience, "memory": memory},
+        {"lr": lr, "lr_decay": lr_decay, "clip": clip},
+        {"checkpoint_seconds": checkpoint_seconds, "max_seconds": max_seconds},
+        validation,
     )
     fresh = int(torch.randint(1 << 62, (), generator=generator)) if seed is None else seed
     before = generators(model)
@@ -156,13 +158,17 @@ def train(
         identity = {
             "model": type(model).__name__, "entities": model.num_entities, "relations": model.num_relations,
             "rows": batches.rows, "batch_size": batch_size, "optimizer": type(made).__name__,
+            "options": plain_options(optimizer),
             "loss": type(found).__name__ if type(found).__repr__ is object.__repr__ else repr(found),
             "lr": lr, "weight_decay": weight_decay, "lr_decay": lr_decay, "clip": clip, "amp": amp,
             "seed": seed, "workers": together.workers, "scheduled": epochs if schedule is not None else None,
         }  # fmt: skip
         run = _Run(
             model=model, triples=triples, batches=batches, loss=found, optimizer=made, together=together,
-            state=RunState(told(fresh), [group["lr"] for group in made.param_groups]), epochs=epochs,
+            state=RunState(
+                told(fresh), [group["lr"] for group in made.param_groups], settle=getattr(made, "settle_at", None)
+            ),
+            epochs=epochs,
             lr_decay=lr_decay, schedule=schedule, clip=clip, every=every, patience=patience, validation=validation,
             checkpoint=None if checkpoint is None else Checkpoint(checkpoint, identity),
             checkpoint_seconds=checkpoint_seconds, memory=memory, max_seconds=max_seconds,
@@ -176,69 +182,6 @@ def train(
             set_generators(before)
             for module, mode in training:
                 module.training = mode
-
-
-def _loss(loss: str | Loss, label_smoothing: float, smoothing: str) -> Loss:
-    if isinstance(loss, Loss):
-        return loss
-    if loss not in LOSSES:
-        raise ValueError(f"train: loss must be one of {', '.join(LOSSES)}, or a Loss, got {loss!r}")
-    if loss not in ("1-N", "negative sampling") and smoothing != "uniform":
-        raise ValueError(f"train: a softmax is smoothed uniformly, expected smoothing='uniform', got {smoothing!r}")
-    return LOSSES[loss](label_smoothing, smoothing)
-
-
-def _check(
-    model: Any,
-    triples: Triples,
-    epochs: int,
-    batch_size: int,
-    lr: int | float,
-    lr_decay: int | float,
-    clip: int | float | None,
-    every: int | None,
-    patience: int | None,
-    validation: Mapping[str, Any] | None,
-    memory: int,
-) -> tuple[int | None, dict[str, Any]]:
-    """Refuse what makes no sense, before any work; how often to validate, and how."""
-    if not isinstance(model, KGModel):
-        raise TypeError(f"train: expected a KGModel, got {type(model).__name__}; write query and against for it")
-    for name, value in (("batch_size", batch_size), ("every", every), ("patience", patience), ("memory", memory)):
-        if value is not None and value < 1:
-            raise ValueError(f"train: {name} must be at least 1, got {value}")
-    if epochs < 0:
-        raise ValueError(f"train: epochs must be at least 0, got {epochs}")
-    for name, number in (("lr", lr), ("lr_decay", lr_decay), ("clip", clip)):
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise ValueError(f"train: {name} must be a number above 0, got {number}")
-    if (model.num_entities, model.num_relations, model.inverse) != (
-        triples.num_entities,
-        triples.num_relations,
-        triples.inverse,
-    ):
-        raise ValueError(
-            f"train: the model has {model.num_entities} entities and {model.num_relations} relations (inverse="
-            f"{model.inverse}), the graph {triples.num_entities} and {triples.num_relations} (inverse="
-            f"{triples.inverse}); make the model from these triples"
-        )
-    if not len(triples.train):
-        raise ValueError("train: the training split is empty; there is nothing to learn from")
-    seen = torch.bincount(triples.train[:, 1], minlength=len(triples.relation_to_id))
-    if not bool(seen.all()):
-        names = [triples.relation_labels[k] for k in (seen == 0).nonzero()[:5, 0].tolist()]
-        raise ValueError(
-            f"train: every relation needs a training triple, {int((seen == 0).sum())} have none ({', '.join(names)}); "
-            "load_triples(..., unseen='drop') leaves their triples out"
-        )
-    asked = {"split": "valid", **(validation or {})}
-    if every is None and patience is not None:
-        every = EVERY
-    if every is not None and isinstance(asked["split"], str) and not len(triples.split(asked["split"])):
-        raise ValueError(
-            f"train: validation needs triples, the split {asked['split']!r} is empty; leave every and patience out"
-        )
-    return every, asked
 
 
 class _Run:
@@ -288,6 +231,8 @@ class _Run:
         """Everything, from where the checkpoint says to the best weights."""
         if self.checkpoint is not None:
             self.state = self.checkpoint.read(self.model, self.optimizer) or self.state
+            if self.state.settle is not None:
+                self.optimizer.settle_at = self.state.settle  # type: ignore[attr-defined]
         first = self.together.worker == 0
         with (
             EpochLog(log if first else None, tensorboard if first else None, self.state.epoch) as self.log,
