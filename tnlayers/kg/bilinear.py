@@ -114,7 +114,7 @@ class Bilinear(InnerProduct):
         """Rows of the heads' table, the same one where it is shared."""
         return rows_of(self.entities if self.heads is None else self.heads, entities)
 
-    def _bias(self, entities: Entities) -> Tensor | None:
+    def _bias(self, entities: slice | Tensor | None) -> Tensor | None:
         return self.bias if self.bias is None or entities is None else self.bias[entities]
 
     def _z(self, relations: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:

@@ -167,8 +167,8 @@ class InnerProduct(KGModel):
         """z, and c without the bias."""
         raise TypeError(f"{type(self).__name__}: a model must write _z(relations, tails)")
 
-    def _bias(self, entities: Entities) -> Tensor | None:
-        """Of tails; None is 0."""
+    def _bias(self, entities: slice | Tensor | None) -> Tensor | None:
+        """Of tails, ids of any shape; None is 0."""
         return None
 
     def _asks_heads(self) -> bool:
