@@ -1,5 +1,6 @@
 """Models of ours inside PyKEEN: the same scores, trained by its pipeline, and back."""
 
+import gc
 import logging
 import pickle
 import warnings
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("pykeen")
 warnings.filterwarnings("ignore")  # PyKEEN's own, on import
 
+from pykeen import models  # noqa: E402
 from pykeen.datasets import get_dataset  # noqa: E402
 from pykeen.models import ERModel  # noqa: E402
 from pykeen.pipeline import pipeline  # noqa: E402
@@ -36,6 +38,19 @@ MODELS = {
     "RotH": partial(kg.RotH, entity_dim=6, std=0.3),
     "MIGTF": lambda of: kg.MIGTF(kg.TuckER(of, 6, 3), hyperbolic_dim=4, relation_std=0.5),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage():
+    """PyKEEN collects garbage after every epoch: of a whole run of tests, many seconds each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return kg.load_triples("nations", inverse=False), get_dataset(dataset="nations")
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +120,8 @@ def test_the_pipeline_trains_the_model_in_place(loop, nations):
     arguments = kg.interaction(model).representations()
     result = pipeline(
         training=data.training, validation=data.validation, testing=data.testing, model=ERModel,
-        model_kwargs=arguments, loss="BCEWithLogitsLoss", optimizer="adam", optimizer_kwargs={"lr": 0.01},
-        training_loop=loop, training_kwargs={"num_epochs": 6, "batch_size": 64, "use_tqdm": False},
+        model_kwargs=arguments, loss="BCEWithLogitsLoss", optimizer="adam", optimizer_kwargs={"lr": 0.02},
+        training_loop=loop, training_kwargs={"num_epochs": 3, "batch_size": 64, "use_tqdm": False},
         evaluation_kwargs={"use_tqdm": False, "batch_size": 64}, random_seed=0, device="cpu",
     )  # fmt: skip
     assert kg.own_model(result.model) is model
@@ -117,6 +132,43 @@ def test_the_pipeline_trains_the_model_in_place(loop, nations):
     assert torch.equal(copy.score_all(*triples.train[:5, :2].T), model.score_all(*triples.train[:5, :2].T))
     again = pickle.loads(pickle.dumps(result.model))
     assert torch.equal(again.interaction.model.entities.weight, model.entities.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "loop", "inverse"),
+    [("TuckER", "lcwa", False), ("MIGTF", "slcwa", True), ("RotH", "lcwa", True), ("TTER", "slcwa", False)],
+)
+def test_after_early_stopping_metrics_are_those_of_our_evaluation(name, loop, inverse, request):
+    triples, data = request.getfixturevalue("nations" if inverse else "plain")
+    model = MODELS[name](triples)
+    result = pipeline(
+        training=data.training, validation=data.validation, testing=data.testing, model=ERModel,
+        model_kwargs=kg.interaction(model).representations(), loss="BCEWithLogitsLoss", optimizer="adam",
+        training_loop=loop, training_kwargs={"num_epochs": 2, "batch_size": 256, "use_tqdm": False}, stopper="early",
+        stopper_kwargs={"frequency": 1, "patience": 1, "relative_delta": 0.9, "evaluation_batch_size": 64},
+        evaluation_kwargs={"use_tqdm": False, "batch_size": 64}, random_seed=0, device="cpu",
+    )  # fmt: skip
+    found = kg.evaluate(model, triples)
+    for side, ours in (("both", found), *found.by_direction.items()):
+        assert ours.mrr == pytest.approx(result.get_metric(f"{side}.realistic.inverse_harmonic_mean_rank"), abs=1e-6)
+        assert ours.hits[10] == pytest.approx(result.get_metric(f"{side}.realistic.hits_at_10"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_as_candidates_without_inverse_relations(name, plain):
+    triples, data = plain
+    model = made(name, triples)
+    theirs = kg.er_model(model, data.training).eval()
+    r, t = torch.arange(14) * 3, torch.arange(14).flip(0)
+    expected = torch.stack([model(torch.arange(14), r[k].expand(14), t[k].expand(14)) for k in range(14)])
+    asked, own = [], model.query
+    model.query = lambda heads, relations: asked.append(len(heads)) or own(heads, relations)
+    torch.testing.assert_close(theirs.score_h(torch.stack([r, t], 1)), expected)
+    torch.testing.assert_close(theirs.score_h(torch.stack([r, t], 1), heads=torch.tensor([3, 0])), expected[:, [3, 0]])
+    assert bool(asked) == (name in ("RotH", "MIGTF"))  # the others need no query for a head
+    torch.testing.assert_close(broadcast_scores(model, torch.arange(14), r[4], t[4]), expected[4])
+    crossed = broadcast_scores(model, torch.arange(14)[:, None], r[None], t[None])
+    torch.testing.assert_close(crossed, expected.mT)
 
 
 @pytest.mark.parametrize("kind", [partial(RiemannianAdam, lr=0.01), partial(RankAdaptive, lr=0.01, tol=0.1)])
@@ -182,3 +234,69 @@ def test_refusals(nations):
     theirs = kg.er_model(model, data.training)
     with pytest.raises(TypeError, match="into must be a TuckER, as trained, got ComplEx"):
         kg.own_model(theirs, kg.ComplEx(triples, dim=3))
+
+
+TAKEN = {
+    "TuckER": {"embedding_dim": 8, "relation_dim": 4},
+    "TuckER, no norms": {"embedding_dim": 8, "apply_batch_normalization": False, "dropout_1": 0.1},
+    "DistMult": {"embedding_dim": 8},
+    "ComplEx": {"embedding_dim": 8},
+    "CP": {"embedding_dim": 4, "rank": 3},
+    "RESCAL": {"embedding_dim": 8},
+}
+
+
+@pytest.mark.parametrize("inverse", [True, False])
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_model_that_pykeen_trained_is_one_of_ours(name, inverse, request):
+    triples, data = request.getfixturevalue("nations" if inverse else "plain")
+    kind = name.split(",")[0]
+    theirs = pipeline(
+        training=data.training, testing=data.testing, model=kind, model_kwargs=TAKEN[name],
+        training_kwargs={"num_epochs": 2, "batch_size": 256, "use_tqdm": False},
+        evaluation_kwargs={"use_tqdm": False, "batch_size": 64}, random_seed=0, device="cpu",
+    ).model  # fmt: skip
+    drawn = torch.random.get_rng_state()
+    ours = getattr(kg, kind).from_pykeen(theirs)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert ours.training == theirs.training
+    theirs.eval()
+    ours.eval()
+    h, r, t = triples.test.T
+    seen = kg.as_model(theirs)
+    torch.testing.assert_close(ours.score_all(h, r), seen.score_all(h, r), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.score_heads(r, t), seen.score_heads(r, t), rtol=1e-5, atol=1e-5)
+    found, sought = kg.rank(ours, triples), kg.rank(theirs, triples)
+    assert torch.equal(found.optimistic, sought.optimistic)
+    assert torch.equal(found.pessimistic, sought.pessimistic)
+
+
+def test_a_tucker_of_pykeen_brings_its_training_along(nations):
+    _, data = nations
+    theirs = models.TuckER(triples_factory=data.training, embedding_dim=6, relation_dim=3, dropout_0=0.1, dropout_2=0.0)
+    theirs.interaction.head_batch_norm.momentum = 0.3
+    ours = kg.TuckER.from_pykeen(theirs)
+    assert ours.dropouts == (0.1, 0.4, 0.0)
+    assert ours.norm0.momentum == 0.3
+    assert ours.training
+    ours.entities.weight.data.zero_()
+    assert bool(theirs.entity_representations[0]().any())  # a copy
+
+
+def test_what_a_model_of_ours_cannot_hold_is_refused(nations):
+    _, data = nations
+    factory = {"triples_factory": data.training}
+    with pytest.raises(
+        TypeError, match=r"TuckER.from_pykeen: .* with a TuckERInteraction, got TransE with a TransEInt"
+    ):
+        kg.TuckER.from_pykeen(models.TransE(**factory))
+    with pytest.raises(TypeError, match=r"SimplE.from_pykeen: PyKEEN has no model with these scores"):
+        kg.SimplE.from_pykeen(models.SimplE(**factory))
+    for option in ({"normalizer": torch.nn.functional.normalize}, {"dropout": 0.2}):
+        given = {"shape": 4, **option}
+        model = ERModel(
+            **factory, interaction="distmult", entity_representations_kwargs=given,
+            relation_representations_kwargs={"shape": 4},
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r"expected representations without normalizer and dropout, got Embedding"):
+            kg.DistMult.from_pykeen(model)

@@ -94,6 +94,21 @@ def test_scores_are_entries_of_the_dense_tensor_by_every_route(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_heads_are_entries_of_the_dense_tensor_without_inverse_relations(name):
+    model = ScoreTensor(N, R, inverse=False, network=NETWORKS[name]()).eval()
+    _, r, t = batch()
+    dense = dense_of(model)[r, :, t]
+    assert model._asks_heads() == (name != "joint")  # whose heads have no core of their own
+    torch.testing.assert_close(model.score_heads(r, t), dense)
+    torch.testing.assert_close(model.score_heads(r, t, slice(3, 8)), dense[:, 3:8])
+    torch.testing.assert_close(model.score_heads(r, t, torch.tensor([7, 0, 7])), dense[:, [7, 0, 7]])
+    if model._asks_heads():
+        own = torch.stack([t, r], dim=1)
+        torch.testing.assert_close(model.paired(model.query_heads(r, t), own), dense.gather(1, own))
+    assert not model.train()._asks_heads()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_chunks_of_entities_and_rows_of_a_batch_are_independent(name):
     model = model_of(name)
     h, r, t = batch()

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from decompositions import Network
 from tnlayers.kg.by_relation import group_by
 from tnlayers.kg.dropping import check_rate, drop
-from tnlayers.kg.model import Entities, KGModel
+from tnlayers.kg.model import Entities, InnerProduct
 from tnlayers.kg.relation_maps import RelationMaps
 from tnlayers.kg.tables import Table, few_rows_of, make_table, reset_table, rows_of
 
 Masks = Literal["relation", "row"]
 
 
-class Bilinear(KGModel):
+class Bilinear(InnerProduct):
     """`score(h, r, t) = <BN1(drop(BN0(H[h])) drop(M_r)), T[t]> + b_t` with a map M_r for every relation.
 
     What TuckER, TTER, RESCAL and MEIM share. The maps of a batch are made once for each distinct relation (and not at
@@ -106,35 +106,33 @@ class Bilinear(KGModel):
         groups = group_by(relations)
         return groups.multiply(x, drop(self.maps.matrices(groups.distinct), rate))
 
-    def against(self, query: Float[Tensor, "B d"], entities: Entities = None) -> Float[Tensor, "B n"]:
-        """One product with the entity table."""
-        table = rows_of(self.entities, entities)
-        if self.bias is None:
-            return query @ table.mT
-        bias = self.bias if entities is None else self.bias[entities]
-        return torch.addmm(bias, query, table.mT)
+    def tail_rows(self, entities: Entities = None) -> Float[Tensor, "n d"]:
+        """Rows of the tails' table."""
+        return rows_of(self.entities, entities)
 
-    def paired(self, query: Float[Tensor, "B d"], tails: Int[Tensor, "B k"]) -> Float[Tensor, "B k"]:
-        """Row b against its own entities. Cost: B k d."""
-        rows = rows_of(self.entities, tails.reshape(-1)).unflatten(0, tails.shape)
-        scores = torch.bmm(rows, query[:, :, None])[:, :, 0]
-        return scores if self.bias is None else scores + self.bias[tails]
+    def head_rows(self, entities: Entities = None) -> Float[Tensor, "n d"]:
+        """Rows of the heads' table, the same one where it is shared."""
+        return rows_of(self.entities if self.heads is None else self.heads, entities)
+
+    def _bias(self, entities: slice | Tensor | None) -> Tensor | None:
+        return self.bias if self.bias is None or entities is None else self.bias[entities]
+
+    def _z(self, relations: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
+        """`BN1^T`, then the maps transposed, then `BN0^T`; what the norms' offsets meet is c."""
+        y, last = adjoint(rows_of(self.entities, tails), self.norm1)
+        z, first = adjoint(self.maps.transposed(y, relations), self.norm0)
+        return z, first + last
 
     def score_relations(self, heads: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Float[Tensor, "B R"]:
         """Scores of every relation of the data: in evaluation one contraction, as BN1 is affine then."""
         if self.training:
             return super().score_relations(heads, tails)
-        x = normalized(rows_of(self.entities if self.heads is None else self.heads, heads), self.norm0)
-        y = rows_of(self.entities, tails)
-        offset = None if self.bias is None else self.bias[tails]
-        norm: Any = self.norm1
-        if norm is not None:
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            moved = y @ (norm.bias - norm.running_mean * scale)
-            offset = moved if offset is None else offset + moved
-            y = y * scale
-        scores = self.maps.between(x, y)[:, : self.num_relations // 2 if self.inverse else None]
-        return scores if offset is None else scores + offset[:, None]
+        x = normalized(self.head_rows(heads), self.norm0)
+        y, offset = adjoint(rows_of(self.entities, tails), self.norm1)
+        bias = self._bias(tails)
+        offset = offset if bias is None else offset + bias
+        scores: Tensor = self.maps.between(x, y)[:, : self.num_relations // 2 if self.inverse else None]
+        return scores + offset[:, None]
 
     def extra_repr(self) -> str:
         """Sizes and dropout."""
@@ -157,6 +155,23 @@ def normalized(x: Tensor, norm: nn.BatchNorm1d | None) -> Tensor:
         return nn.functional.batch_norm(x, mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     made: Tensor = norm(x)
     return made
+
+
+def adjoint(y: Tensor, norm: nn.BatchNorm1d | None) -> tuple[Tensor, Tensor]:
+    """`(v, c)` with `<BN(x), y> = <x, v> + c` for every x, of a batch norm at rest: an affine map of each row.
+
+    Example:
+        >>> norm, x, y = nn.BatchNorm1d(3).eval(), torch.randn(5, 3), torch.randn(5, 3)
+        >>> v, c = adjoint(y, norm)
+        >>> torch.allclose((norm(x) * y).sum(1), (x * v).sum(1) + c, atol=1e-5)
+        True
+    """
+    if norm is None:
+        return y, y.new_zeros(len(y))
+    mean: Any = norm.running_mean
+    variance: Any = norm.running_var
+    scale = norm.weight / (variance + norm.eps).sqrt()
+    return y * scale, y @ (norm.bias - mean * scale)
 
 
 def check_sizes(name: str, **sizes: int) -> None:

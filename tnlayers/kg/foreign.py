@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -64,6 +64,63 @@ class PyKEENModel(KGModel):
             return relations
         half = self.num_relations // 2
         return torch.where(relations < half, 2 * relations, 2 * (relations - half) + 1)
+
+
+class Taken(NamedTuple):
+    """What a model of PyKEEN's has learned: an interaction, and tables in our order of relations, one row each.
+
+    Several representations of an entity stand side by side; complex numbers as [real | imaginary].
+    """
+
+    graph: PyKEENModel
+    interaction: Any
+    entities: Tensor
+    relations: Tensor
+
+
+def take(who: str, model: nn.Module, kind: str) -> Taken:
+    """Copies of the tables of a PyKEEN model whose interaction is of a kind, for a model of ours.
+
+    Args:
+        who: named in errors.
+        model: a `pykeen.models.ERModel`.
+        kind: name of the interaction's class, exactly; a subclass may score otherwise.
+
+    Raises:
+        TypeError: another module, or another interaction.
+        ValueError: tables that are normalized or dropped in every forward pass, which tables here are not.
+
+    Example:
+        >>> take("TuckER.from_pykeen", torch.nn.Linear(2, 2), "TuckERInteraction")
+        Traceback (most recent call last):
+        TypeError: TuckER.from_pykeen: expected a PyKEEN model with a TuckERInteraction, got Linear
+    """
+    theirs: Any = model
+    interaction = getattr(model, "interaction", None)
+    if type(interaction).__name__ != kind or not hasattr(model, "entity_representations"):
+        found = type(model).__name__ + ("" if interaction is None else f" with a {type(interaction).__name__}")
+        raise TypeError(f"{who}: expected a PyKEEN model with a {kind}, got {found}")
+    graph = PyKEENModel(model)
+    entities, relations = (
+        torch.cat([_numbers(who, table) for table in tables], 1)
+        for tables in (theirs.entity_representations, theirs.relation_representations)
+    )
+    order = graph._theirs(torch.arange(graph.num_relations, device=relations.device))
+    return Taken(graph, interaction, entities, relations[order])
+
+
+def _numbers(who: str, table: Any) -> Tensor:
+    """Rows of a representation, flat and real."""
+    dropout = 0.0 if table.dropout is None else table.dropout.p
+    if table.normalizer is not None or dropout:
+        raise ValueError(
+            f"{who}: tables here are plain, expected representations without normalizer and dropout, got "
+            f"{type(table).__name__} with normalizer={table.normalizer} and dropout={dropout}; evaluate(model, "
+            "triples) takes the PyKEEN model as it is"
+        )
+    with torch.no_grad():
+        rows = table._plain_forward(None).detach().flatten(1)
+    return torch.cat([rows.real, rows.imag], 1) if rows.is_complex() else rows.clone()
 
 
 def as_model(model: nn.Module) -> KGModel:

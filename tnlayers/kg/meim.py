@@ -8,11 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from decompositions import Network
+from decompositions.formats.network import Labels
 from decompositions.formats.plan import plan_path, run
 from tnlayers.kg.bilinear import Bilinear, check_sizes
 from tnlayers.kg.by_relation import PLACE, RELATION, ROW, Sliced, contract_rows, group_by, routes
 
 LEGS = (("k", "a", "i", "j"), ("r", "k", "a"))
+TRANSPOSED = (("k", "a", "j", "i"), ("r", "k", "a"))
 
 
 class BlockMaps(nn.Module):
@@ -54,7 +56,14 @@ class BlockMaps(nn.Module):
 
     def forward(self, x: Float[Tensor, "B n"], relations: Int[Tensor, "B"]) -> Float[Tensor, "B n"]:
         """Multiply each row by the map of its relation, by the cheapest route."""
-        sliced = Sliced(LEGS, "r")
+        return self._multiplied(x, relations, LEGS)
+
+    def transposed(self, y: Float[Tensor, "B n"], relations: Int[Tensor, "B"]) -> Float[Tensor, "B n"]:
+        """`M[r_b] y[b]`: each row by the transposed map of its relation."""
+        return self._multiplied(y, relations, TRANSPOSED)
+
+    def _multiplied(self, x: Tensor, relations: Tensor, legs: tuple[Labels, ...]) -> Tensor:
+        sliced = Sliced(legs, "r")
         groups = group_by(relations) if len(x) else None
         distinct, longest = (len(groups.distinct), groups.longest) if groups is not None else (1, 1)
         sizes = {**self._sizes(), ROW: max(1, len(x)), RELATION: distinct, PLACE: longest}

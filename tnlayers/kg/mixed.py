@@ -254,6 +254,13 @@ class MIGTF(KGModel):
     def _asks_heads(self) -> bool:
         return self.tucker._asks_heads() and self.hyperbolic._asks_heads()
 
+    def score_heads(
+        self, relations: Int[Tensor, "B"], tails: Int[Tensor, "B"], entities: Entities = None
+    ) -> Float[Tensor, "B n"]:
+        """See `KGModel`: a sum, so that each part has its own closed form."""
+        first, last = (part.score_heads(relations, tails, entities) for part in (self.tucker, self.hyperbolic))
+        return first + last
+
     def against(self, query: tuple[Tensor, ...], entities: Entities = None) -> Float[Tensor, "B n"]:
         """See `KGModel`: the given model's cost, and one product (B, d + 1) x (d + 1, n)."""
         first, last = _split(query)

@@ -161,3 +161,68 @@ def _drawing_from_its_generator(init: Callable[..., None]) -> Callable[..., None
             init(self, *args, generator=generator, **options)
 
     return made
+
+
+class InnerProduct(KGModel):
+    """A model linear in the tail's row, and affine in the head's where batch norm and dropout rest: in evaluation.
+
+    `score(h, r, t) = <q(h, r), tails[t]> + bias[t] = <z(r, t), heads[h]> + c(r, t)`. Head and tail change sides:
+    without inverse relations (?, r, t) is asked by the pair (z, c) at the cost of (h, r, ?). In training batch norm is
+    no affine map of a row, and (?, r, t) a query for every head.
+
+    A kind of model writes `query`, `tail_rows`, `head_rows` and `_z`; one that changes `query` changes `_z` with it.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from tnlayers.kg import CP
+        >>> model = CP(SimpleNamespace(num_entities=7, num_relations=4, inverse=False), dim=3).eval()
+        >>> r, t = torch.tensor([0, 3]), torch.tensor([5, 5])
+        >>> z, c = model.query_heads(r, t)
+        >>> torch.allclose(model.score_heads(r, t), z @ model.head_rows().mT + c[:, None])
+        True
+    """
+
+    def tail_rows(self, entities: Entities = None) -> Float[Tensor, "n K"]:
+        """What a query meets of entities that are tails."""
+        raise TypeError(f"{type(self).__name__}: a model must write tail_rows(entities)")
+
+    def head_rows(self, entities: Entities = None) -> Float[Tensor, "n K"]:
+        """What z meets of entities that are heads."""
+        raise TypeError(f"{type(self).__name__}: a model must write head_rows(entities)")
+
+    def _z(self, relations: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
+        """z, and c without the bias."""
+        raise TypeError(f"{type(self).__name__}: a model must write _z(relations, tails)")
+
+    def _bias(self, entities: slice | Tensor | None) -> Tensor | None:
+        """Of tails, ids of any shape; None is 0."""
+        return None
+
+    def _asks_heads(self) -> bool:
+        return self.inverse or not self.training
+
+    def query_heads(self, relations: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Any:
+        """See `KGModel`; without inverse relations the pair (z, c), in evaluation."""
+        if self.inverse or not self._asks_heads():
+            return super().query_heads(relations, tails)
+        (z, c), bias = self._z(relations, tails), self._bias(tails)
+        return z, c if bias is None else c + bias
+
+    def against(self, query: Any, entities: Entities = None) -> Float[Tensor, "B n"]:
+        """One product with rows of the entities."""
+        if not isinstance(query, Tensor):
+            z, c = query
+            return torch.addmm(c[:, None], z, self.head_rows(entities).mT)
+        rows, bias = self.tail_rows(entities).mT, self._bias(entities)
+        return query @ rows if bias is None else torch.addmm(bias, query, rows)
+
+    def paired(self, query: Any, tails: Int[Tensor, "B k"]) -> Float[Tensor, "B k"]:
+        """Row b against its own entities. Cost: B k K."""
+        if isinstance(query, Tensor):
+            rows, offset = self.tail_rows, self._bias(tails)
+        else:
+            rows, (query, c) = self.head_rows, query
+            offset = c[:, None]
+        met = rows(tails.reshape(-1)).unflatten(0, tails.shape)
+        scores = torch.bmm(met, query[:, :, None])[:, :, 0]
+        return scores if offset is None else scores + offset

@@ -204,8 +204,8 @@ def broadcast_scores(
 ) -> Float[Tensor, "*hrt"]:
     """Scores of broadcast ids, a query for each distinct place of (heads, relations), before any tail is seen.
 
-    One product where all queries meet the same tails, their own products otherwise; where heads or relations are the
-    candidates, a query for each of them.
+    One product where all queries meet the same tails, their own products otherwise; where relations are the
+    candidates, a query for each of them, and for each head where the model has no closed form for heads.
 
     Args:
         model: any.
@@ -224,12 +224,17 @@ def broadcast_scores(
         tensor([[ 11., 111., 211.],
                 [ 12., 112., 212.]])
     """
+    given = heads, relations, tails
     asked = torch.broadcast_shapes(heads.shape, relations.shape)
     whole = torch.broadcast_shapes(asked, tails.shape)
     asked, there = ((1,) * (len(whole) - len(s)) + tuple(s) for s in (asked, tails.shape))
     heads, relations = (ids.expand(asked).reshape(-1) for ids in (heads, relations))
     if not whole:
         return model(heads, relations, tails.reshape(-1)).reshape(())
+    if _heads_alone_vary(model, *given, whole):
+        rows = torch.broadcast_tensors(*given[1:])
+        query = model.query_heads(*(ids.reshape(-1) for ids in rows))
+        return model.against(query, given[0].reshape(-1)).reshape(whole)
     query = model.query(heads, relations)
     if asked[-1] == 1 and all(size == 1 for size in there[:-1]):
         tails = tails.reshape(-1)
@@ -241,6 +246,17 @@ def broadcast_scores(
         places = torch.arange(len(heads), device=heads.device).reshape(asked).expand(whole).reshape(-1)
         query = _taken(query, places)
     return model.paired(query, tails.expand(whole).reshape(-1, 1)).reshape(whole)
+
+
+def _heads_alone_vary(model: KGModel, heads: Tensor, relations: Tensor, tails: Tensor, whole: tuple[int, ...]) -> bool:
+    """Whether every (?, r, t) meets the same heads, in the last axis, and has a closed form with this very score."""
+    return (
+        not model.inverse
+        and model._asks_heads()
+        and whole[-1] == heads.shape[-1] == heads.numel()
+        and all(not ids.ndim or ids.shape[-1] == 1 for ids in (relations, tails))
+        and torch.broadcast_shapes(relations.shape, tails.shape)[:-1] == whole[:-1]
+    )
 
 
 def _taken(query: Any, places: Tensor) -> Any:

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from decompositions import Network, Tucker
 from decompositions.geometry.shared_tucker import possible_shared_ranks
-from tnlayers.dense import Recipe, copy_settings, run_recipe, unchanged_rng
-from tnlayers.kg.relation_maps import DenseRelations
+from tnlayers.dense import unchanged_rng
 from tnlayers.kg.score_tensor import ScoreTensor
 from tnlayers.kg.tucker import TuckER
 from tnlayers.optim.engine import NetworkOptimizer
@@ -91,22 +90,9 @@ class RTuckER(ScoreTensor):
         return {**super().settings(), "adaptive": self.adaptive}
 
     @classmethod
-    def from_dense(cls: type[T], dense: nn.Module, recipe: Recipe) -> T:
-        """Model that stands in for a dense tensor of scores, such as `to_dense_module` returns.
-
-        Raises:
-            TypeError: another module than DenseRelations.
-        """
-        if not isinstance(dense, DenseRelations):
-            raise TypeError(f"{cls.__name__}.from_dense: expected a DenseRelations, got {type(dense).__name__}")
-        net = run_recipe(f"{cls.__name__}.from_dense", recipe, dense.weight.detach())
-        options = dict(dense.options)
-        own = {name: options.pop(name) for name in ("shared", "adaptive")}
-        make: Any = cls
-        with unchanged_rng(dense.weight.device):
-            made: T = make(SimpleNamespace(**options), network=net, **own)
-        copy_settings(dense, made, dense.weight, None)
-        return made
+    def _from_settings(cls, network: Network, **settings: Any) -> "RTuckER":
+        own = {name: settings.pop(name) for name in ("shared", "adaptive")}
+        return cls(SimpleNamespace(**settings), network=network, **own)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw X anew at the present ranks: orthonormal factors, a normal core, scores of root mean square `std`."""

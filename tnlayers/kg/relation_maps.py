@@ -9,6 +9,7 @@ from jaxtyping import Inexact, Int
 from torch import Tensor, nn
 
 from decompositions import Network
+from decompositions.formats.network import Labels
 from decompositions.formats.plan import plan_path, run
 from tnlayers.dense import NetworkFactory, Recipe, copy_settings, exactly, run_recipe, unchanged_rng
 from tnlayers.kg.by_relation import PLACE, RELATION, ROW, Groups, Route, Sliced, contract_rows, group_by, routes
@@ -93,11 +94,16 @@ class RelationLayer(NetworkLayer):
         if not isinstance(dense, DenseRelations):
             raise TypeError(f"{cls.__name__}.from_dense: expected a DenseRelations, got {type(dense).__name__}")
         net = run_recipe(f"{cls.__name__}.from_dense", recipe, dense.weight.detach())
-        make: Any = cls
         with unchanged_rng(dense.weight.device):
-            layer: T = make(**dense.options, network=net)
+            layer: T = cls._from_settings(net, **dense.options)
         copy_settings(dense, layer, dense.weight, None)
         return layer
+
+    @classmethod
+    def _from_settings(cls, network: Network, **settings: Any) -> Any:
+        """A layer of what `settings` gives, with this network."""
+        make: Any = cls
+        return make(**settings, network=network)
 
     def to_dense_module(self) -> DenseRelations:
         """The dense tensor as a module."""
@@ -110,37 +116,37 @@ class RelationLayer(NetworkLayer):
         copy_settings(self, dense, first, None)
         return dense
 
-    def _sliced(self) -> Sliced:
-        """How the cores of a query are sliced."""
-        raise TypeError("RelationLayer._sliced: expected a layer, got the base")
+    def _asked(self, back: bool) -> tuple[list[Labels], Labels]:
+        """Labels of all operands of a query, sliced, and of its result after the row; `back`: from the second side."""
+        raise TypeError("RelationLayer._asked: expected a layer, got the base")
 
-    def _operand_legs(self) -> list[tuple[str, ...]]:
-        """Labels of all operands of a query, sliced."""
-        return self._sliced().sliced()
+    def _ends(self, back: bool) -> tuple[Labels, Labels]:
+        """Labels of the side that a query has, and of the one that it asks for."""
+        first, second = self._structure.rows[1:], self._structure.cols
+        return (second, first) if back else (first, second)
 
-    def _out(self) -> tuple[str, ...]:
-        """Labels of a query's result after the row."""
-        raise TypeError("RelationLayer._out: expected a layer, got the base")
-
-    def _routes(self, rows: int, distinct: int, longest: int) -> tuple[Route, ...]:
+    def _routes(self, rows: int, distinct: int, longest: int, back: bool = False) -> tuple[Route, ...]:
         net = self.network
         sizes = {**net.sizes, ROW: rows, RELATION: distinct, PLACE: longest}
-        return routes(self._operand_legs(), self._out(), sizes, net.dtype.itemsize)
+        return routes(*self._asked(back), sizes, net.dtype.itemsize)
 
-    def alternatives(self, batch: int | None = None) -> tuple[Route, ...]:
-        """Routes considered for a batch in which relations are spread evenly, best predicted first."""
+    def alternatives(self, batch: int | None = None, *, back: bool = False) -> tuple[Route, ...]:
+        """Routes considered for a batch in which relations are spread evenly, best predicted first.
+
+        With `back` those of the transposed matrices.
+        """
         rows = batch or self._hint or 1024
         distinct = min(rows, self.weight_shape[0])
-        return self._routes(rows, distinct, -(-rows // distinct))
+        return self._routes(rows, distinct, -(-rows // distinct), back)
 
-    def _route_for(self, relations: Tensor) -> tuple[Route, Groups | None]:
+    def _route_for(self, relations: Tensor, back: bool = False) -> tuple[Route, Groups | None]:
         """The cheapest route for a batch, planned for powers of two; the stored one while tracing."""
         if torch.compiler.is_compiling() or relations.numel() == 0 or relations.is_meta:
-            return next(route for route in self.alternatives() if route.strategy == "rows"), None
-        if self._forced is not None:
-            return self._forced, group_by(relations)
+            return next(route for route in self.alternatives(back=back) if route.strategy == "rows"), None
         groups = group_by(relations)
-        size = (len(relations), _up(len(groups.distinct)), _up(groups.longest))
+        if self._forced is not None and not back:
+            return self._forced, groups
+        size = (len(relations), _up(len(groups.distinct)), _up(groups.longest), back)
         route = self._plans.get(size)
         if route is None:
             route = self._plans[size] = self._routes(*size)[0]
@@ -226,18 +232,22 @@ class RelationMaps(RelationLayer):
     def _sliced(self) -> Sliced:
         return Sliced(self._structure.legs, self._structure.rows[0])
 
-    def _operand_legs(self) -> list[tuple[str, ...]]:
-        return [*super()._operand_legs(), (ROW, *self._structure.rows[1:])]
-
-    def _out(self) -> tuple[str, ...]:
-        return self._structure.cols
+    def _asked(self, back: bool) -> tuple[list[Labels], Labels]:
+        given, asked = self._ends(back)
+        return [*self._sliced().sliced(), (ROW, *given)], asked
 
     def forward(self, x: Inexact[Tensor, "B n"], relations: Int[Tensor, "B"]) -> Inexact[Tensor, "B m"]:
         """Multiply each row by the map of its relation, by the cheapest route."""
-        route, groups = self._route_for(relations)
-        x = x.reshape(len(x), *self._row_modes[1:])
+        return self._multiplied(x.reshape(len(x), *self._row_modes[1:]), relations, False)
+
+    def transposed(self, y: Inexact[Tensor, "B m"], relations: Int[Tensor, "B"]) -> Inexact[Tensor, "B n"]:
+        """`M[r_b] y[b]`: each row by the transposed map of its relation, by the cheapest route."""
+        return self._multiplied(y.reshape(len(y), *self._col_modes), relations, True)
+
+    def _multiplied(self, x: Tensor, relations: Tensor, back: bool) -> Tensor:
+        route, groups = self._route_for(relations, back)
         y = contract_rows(route, self._sliced(), self._contracted.cores, relations, groups, {}, (x,))
-        return y.reshape(len(x), self.out_features)
+        return y.reshape(len(x), self.in_features if back else self.out_features)
 
     def matrices(self, relations: Int[Tensor, "D"]) -> Inexact[Tensor, "D n m"]:
         """The maps of some relations, dense: one product of the relations' slices with the rest of the network."""

@@ -220,6 +220,10 @@ class RotH(_Turned):
     sinh b at most. So √c d >= 1 has three digits in float32 while a + b - √c d, twice the length that the geodesics
     from the origin share, is below 8 (in float64: 27).
 
+    Without inverse relations (?, r, t) takes a query for every head: x -> x ⊕ r is no isometry, so that r cannot be
+    moved to the tail's side of the distance. In Lorentz coordinates <x ⊕ r, y> has the term (x·r) (x·y), quadratic in
+    the head: two products with all heads, whose sum cancels where half angles do not. Attention is not linear either.
+
     Args:
         triples: whose num_entities, num_relations and inverse are read.
         entity_dim: d_e, even.

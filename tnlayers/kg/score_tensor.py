@@ -8,15 +8,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompositions import Network
+from decompositions.formats.network import Labels
 from decompositions.formats.plan import plan_path, run
 from tnlayers.dense import NetworkFactory, Recipe
 from tnlayers.frozen import Cut, best_cut
 from tnlayers.kg.by_relation import ROW, Sliced, contract_rows, digits_of
-from tnlayers.kg.model import Entities, KGModel
+from tnlayers.kg.model import Entities, InnerProduct, KGModel
 from tnlayers.kg.relation_maps import RelationLayer
 
 
-class ScoreTensor(RelationLayer, KGModel):
+class ScoreTensor(RelationLayer, InnerProduct):
     """A model whose score is an entry of a network: `score(h, r, t) = X[r, h, t]`.
 
     X may be Tucker, a tensor train, CP, a tree, block terms: any network whose first mode are the relations and whose
@@ -130,54 +131,77 @@ class ScoreTensor(RelationLayer, KGModel):
         return {name: getattr(self, name) for name in names}
 
     def _replan(self) -> None:
-        if not self._pinned or not hasattr(self, "_cut"):
-            cut = best_cut(self.network)
+        if not self._pinned or not hasattr(self, "_cuts"):
+            net = self.network
+            cut = best_cut(net)
             assert cut is not None
-            self._cut: Cut = cut
+            self._cuts: tuple[Cut, Cut | None] = (
+                cut,
+                best_cut(net.replace(rows=(net.rows[0], *net.cols), cols=net.rows[1:])),
+            )
         super()._replan()
 
-    def _sliced(self) -> Sliced:
-        s = self._structure
-        return Sliced(tuple(s.legs[k] for k in self._cut.outer), s.rows[0], s.rows[1:])
+    def _cut(self, back: bool) -> Cut:
+        """Where the network is cut, its inner side that of the tails, or (`back`) of the heads."""
+        cut = self._cuts[back]
+        assert cut is not None
+        return cut
 
-    def _out(self) -> tuple[str, ...]:
-        return self._cut.bonds
+    def _sliced(self, back: bool) -> Sliced:
+        s = self._structure
+        return Sliced(tuple(s.legs[k] for k in self._cut(back).outer), s.rows[0], self._ends(back)[0])
+
+    def _asked(self, back: bool) -> tuple[list[Labels], Labels]:
+        return self._sliced(back).sliced(), self._cut(back).bonds
+
+    def _modes_of(self, labels: Labels) -> tuple[int, ...]:
+        return tuple(self.network.sizes[label] for label in labels)
 
     def query(self, heads: Int[Tensor, "B"], relations: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
         """Contract the slices of heads and relations, and all cores on their side of the cut, to (B, K)."""
-        self._check_ids(heads, self._row_modes[1:])
-        route, groups = self._route_for(relations)
+        return self._query(heads, relations, False)
+
+    def _z(self, relations: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
+        """The slices of tails and relations, and all cores on their side of the cut between them and the heads."""
+        z = self._query(tails, relations, True)
+        return z, z.new_zeros(len(z))
+
+    def _asks_heads(self) -> bool:
+        return self.inverse or (not self.training and self._cuts[1] is not None)
+
+    def _query(self, entities: Tensor, relations: Tensor, back: bool) -> Tensor:
+        labels = self._ends(back)[0]
+        modes = self._modes_of(labels)
+        self._check_ids(entities, modes)
+        route, groups = self._route_for(relations, back)
         cores = self._contracted.cores
-        digits = digits_of(heads, self._structure.rows[1:], self._row_modes[1:])
-        mine = [cores[k] for k in self._cut.outer]
-        return contract_rows(route, self._sliced(), mine, relations, groups, digits).flatten(1)
+        mine = [cores[k] for k in self._cut(back).outer]
+        digits = digits_of(entities, labels, modes)
+        return contract_rows(route, self._sliced(back), mine, relations, groups, digits).flatten(1)
 
-    def against(self, query: Float[Tensor, "B K"], entities: Entities = None) -> Float[Tensor, "B n"]:
-        """One product with the tail factor, or with the rows of it that are asked for."""
-        return query @ self.tails(entities).mT
-
-    def paired(self, query: Float[Tensor, "B K"], tails: Int[Tensor, "B k"]) -> Float[Tensor, "B k"]:
-        """Row b against its own entities. Cost: B k K."""
-        rows = self.tails(tails.reshape(-1)).unflatten(0, tails.shape)
-        return torch.bmm(rows, query[:, :, None])[:, :, 0]
-
-    def tails(self, entities: Entities = None) -> Float[Tensor, "n K"]:
+    def tail_rows(self, entities: Entities = None) -> Float[Tensor, "n K"]:
         """Rows of the tail factor: contracted from slices where the tail mode is split."""
-        net, cols = self._contracted, self._structure.cols
-        cores = [net.cores[k] for k in self._cut.inner]
-        legs = tuple(net.legs[k] for k in self._cut.inner)
-        if entities is None or (isinstance(entities, slice) and len(cols) == 1):
-            plan = plan_path(legs, net.sizes, (*cols, *self._cut.bonds), net.dtype.itemsize)
-            table = run(plan.steps, cores).reshape(prod(self._col_modes), -1)
+        return self._rows(entities, False)
+
+    def head_rows(self, entities: Entities = None) -> Float[Tensor, "n K"]:
+        """Rows of the head factor, likewise."""
+        return self._rows(entities, True)
+
+    def _rows(self, entities: Entities, back: bool) -> Tensor:
+        net, labels, cut = self._contracted, self._ends(back)[1], self._cut(back)
+        modes = self._modes_of(labels)
+        cores = [net.cores[k] for k in cut.inner]
+        legs = tuple(net.legs[k] for k in cut.inner)
+        if entities is None or (isinstance(entities, slice) and len(labels) == 1):
+            plan = plan_path(legs, net.sizes, (*labels, *cut.bonds), net.dtype.itemsize)
+            table = run(plan.steps, cores).reshape(prod(modes), -1)
             return table[: self.num_entities][slice(None) if entities is None else entities]
         if isinstance(entities, slice):
             entities = torch.arange(self.num_entities, device=cores[0].device)[entities]
-        self._check_ids(entities, self._col_modes)
-        sliced = Sliced(legs, "", cols)
-        digits = digits_of(entities, cols, self._col_modes)
-        plan = plan_path(
-            sliced.sliced(), {**net.sizes, ROW: len(entities)}, (ROW, *self._cut.bonds), net.dtype.itemsize
-        )
+        self._check_ids(entities, modes)
+        sliced = Sliced(legs, "", labels)
+        digits = digits_of(entities, labels, modes)
+        plan = plan_path(sliced.sliced(), {**net.sizes, ROW: len(entities)}, (ROW, *cut.bonds), net.dtype.itemsize)
         operands = [sliced.operand(k, core, entities, digits) for k, core in enumerate(cores)]
         return run(plan.steps, operands).flatten(1)
 

@@ -5,21 +5,26 @@ s) of s <R_a[r], E_b[h], E_c[t]>`; which terms there are makes the model.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from decompositions import Network
+from tnlayers.dense import unchanged_rng
 from tnlayers.kg.bilinear import Bilinear, check_sizes
-from tnlayers.kg.model import Entities, KGModel
+from tnlayers.kg.foreign import take
+from tnlayers.kg.model import Entities, InnerProduct
 from tnlayers.kg.tables import make_table, reset_table, rows_of
 
 Terms = tuple[tuple[int, int, int, float], ...]
+P = TypeVar("P", bound="Partitioned")
+HEAD, TAIL = 1, 2
+"""Places of the entities' parts in a term."""
 
 
-class Partitioned(KGModel):
+class Partitioned(InnerProduct):
     """`score(h, r, t) = sum over (a, b, c, s) in terms of s sum_k R[r, a, k] E[h, b, k] E[t, c, k]`.
 
     Rows of tables are their parts one after another. `network` is the score tensor: the terms are its constant core S,
@@ -46,6 +51,8 @@ class Partitioned(KGModel):
     terms: ClassVar[Terms]
     parts: ClassVar[tuple[int, int]]
     """Of a relation's row, and of an entity's."""
+    of_pykeen: ClassVar[str] = ""
+    """Name of PyKEEN's interaction with these scores; none for SimplE, whose ends meet their own kind there."""
 
     def __init__(
         self,
@@ -65,6 +72,37 @@ class Partitioned(KGModel):
         self.relations = nn.Embedding(self.num_relations, relation * dim, dtype=dtype, device=device)
         self.entities = make_table(self.num_entities, entity * dim, entity_table, dtype=dtype, device=device)
         self.reset_parameters(generator)
+
+    @classmethod
+    def from_pykeen(cls: type[P], model: nn.Module) -> P:
+        """A trained model of PyKEEN's with the interaction of this class, `pykeen.models.ComplEx` say: the same scores.
+
+        Regularizers and constraints, which act in training alone, are left behind. Relations are renumbered (r^-1 is
+        r + R / 2 here).
+
+        Args:
+            model: a PyKEEN model; it is copied.
+
+        Raises:
+            TypeError: another interaction; SimplE, which PyKEEN defines otherwise (as a DistMult of two parts).
+            ValueError: tables that are normalized or dropped in every forward pass.
+
+        Example:
+            >>> DistMult.from_pykeen(torch.nn.Linear(2, 2))
+            Traceback (most recent call last):
+            TypeError: DistMult.from_pykeen: expected a PyKEEN model with a DistMultInteraction, got Linear
+        """
+        who = f"{cls.__name__}.from_pykeen"
+        if not cls.of_pykeen:
+            raise TypeError(f"{who}: PyKEEN has no model with these scores; evaluate(model, triples) takes its own")
+        taken = take(who, model, cls.of_pykeen)
+        values = taken.relations, taken.entities
+        with unchanged_rng(values[0].device):
+            made = cls(taken.graph, values[0].shape[1] // cls.parts[0], dtype=values[0].dtype, device=values[0].device)
+        with torch.no_grad():
+            for table, value in zip((made.relations, made.entities), values, strict=True):
+                table.weight.copy_(value)
+        return made.train(model.training)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw both tables anew, normal of standard deviation `std`."""
@@ -92,27 +130,36 @@ class Partitioned(KGModel):
 
     def query(self, heads: Int[Tensor, "B"], relations: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
         """For each tail part that occurs in the terms, `sum s R_a[r] E_b[h]`."""
-        h, r = self._parts(rows_of(self.entities, heads)), self._parts(self.relations(relations))
+        return self._asked(heads, relations, HEAD, TAIL)
+
+    def _z(self, relations: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
+        """For each head part that occurs in the terms, `sum s R_a[r] E_c[t]`."""
+        z = self._asked(tails, relations, TAIL, HEAD)
+        return z, z.new_zeros(len(z))
+
+    def _asked(self, entities: Tensor, relations: Tensor, given: int, asked: int) -> Tensor:
+        """Parts of known entities times those of relations, summed by the other entity's part that meets them."""
+        e, r = self._parts(rows_of(self.entities, entities)), self._parts(self.relations(relations))
         found: dict[int, Tensor] = {}
-        for a, b, c, s in sorted(self.terms, key=lambda term: term[2]):
-            product = r[a] * h[b] if s == 1 else r[a] * h[b] * s
-            found[c] = found[c] + product if c in found else product
+        for term in sorted(self.terms, key=lambda term: term[asked]):
+            own, s = int(term[asked]), term[3]
+            product = r[term[0]] * e[int(term[given])]
+            product = product if s == 1 else product * s
+            found[own] = found[own] + product if own in found else product
         return torch.cat(list(found.values()), dim=-1)
 
-    def tails(self, entities: Entities = None) -> Float[Tensor, "n K"]:
+    def tail_rows(self, entities: Entities = None) -> Float[Tensor, "n K"]:
         """The parts of entities that a tail takes part with."""
+        return self._met(entities, TAIL)
+
+    def head_rows(self, entities: Entities = None) -> Float[Tensor, "n K"]:
+        """The parts of entities that a head takes part with."""
+        return self._met(entities, HEAD)
+
+    def _met(self, entities: Entities, asked: int) -> Tensor:
         rows = rows_of(self.entities, entities)
-        used = sorted({term[2] for term in self.terms})
-        return rows if len(used) == self.parts[1] else torch.cat([self._parts(rows)[c] for c in used], dim=-1)
-
-    def against(self, query: Float[Tensor, "B K"], entities: Entities = None) -> Float[Tensor, "B n"]:
-        """One product with the tails' parts."""
-        return query @ self.tails(entities).mT
-
-    def paired(self, query: Float[Tensor, "B K"], tails: Int[Tensor, "B k"]) -> Float[Tensor, "B k"]:
-        """Row b against its own entities. Cost: B k K."""
-        rows = self.tails(tails.reshape(-1)).unflatten(0, tails.shape)
-        return torch.bmm(rows, query[:, :, None])[:, :, 0]
+        used = sorted({int(term[asked]) for term in self.terms})
+        return rows if len(used) == self.parts[1] else torch.cat([self._parts(rows)[k] for k in used], dim=-1)
 
     def score_relations(self, heads: Int[Tensor, "B"], tails: Int[Tensor, "B"]) -> Float[Tensor, "B R"]:
         """Scores of every relation of the data: one product of `sum s E_b[h] E_c[t]` with the relations."""
@@ -175,6 +222,7 @@ class DistMult(Partitioned):
         (4, 7, 7)
     """
 
+    of_pykeen = "DistMultInteraction"
     terms = ((0, 0, 0, 1.0),)
     parts = (1, 1)
 
@@ -196,6 +244,7 @@ class CP(Partitioned):
         54
     """
 
+    of_pykeen = "CPInteraction"
     terms = ((0, 0, 1, 1.0),)
     parts = (1, 2)
 
@@ -237,6 +286,7 @@ class ComplEx(Partitioned):
         66
     """
 
+    of_pykeen = "ComplExInteraction"
     terms = ((0, 0, 0, 1.0), (1, 1, 0, -1.0), (1, 0, 1, 1.0), (0, 1, 1, 1.0))
     parts = (2, 2)
 
@@ -294,6 +344,24 @@ class RESCAL(Bilinear):
             device=device,
         )
         self.reset_parameters(generator)
+
+    @classmethod
+    def from_pykeen(cls, model: nn.Module) -> "RESCAL":
+        """A trained `pykeen.models.RESCAL` as a model of ours; see `Partitioned.from_pykeen`.
+
+        Example:
+            >>> RESCAL.from_pykeen(torch.nn.Linear(2, 2))
+            Traceback (most recent call last):
+            TypeError: RESCAL.from_pykeen: expected a PyKEEN model with a RESCALInteraction, got Linear
+        """
+        taken = take(f"{cls.__name__}.from_pykeen", model, "RESCALInteraction")
+        entities = taken.entities
+        with unchanged_rng(entities.device):
+            made = cls(taken.graph, entities.shape[1], dtype=entities.dtype, device=entities.device)
+        with torch.no_grad():
+            made.entities.weight.copy_(entities)
+            made.maps.cores[0].copy_(taken.relations.view_as(made.maps.cores[0]))
+        return made.train(model.training)
 
     def _reset_maps(self, generator: torch.Generator | None) -> None:
         self.maps.cores[0].normal_(std=self.entity_dim**-0.5, generator=generator)

@@ -1,13 +1,16 @@
 """TuckER, and its relative for graphs of many relations."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
 from decompositions import Network, Tucker
+from tnlayers.dense import unchanged_rng
 from tnlayers.kg.bilinear import Bilinear, Masks, check_sizes
+from tnlayers.kg.foreign import take
 
 
 class TuckER(Bilinear):
@@ -86,6 +89,44 @@ class TuckER(Bilinear):
             device=device,
         )
         self.reset_parameters(generator)
+
+    @classmethod
+    def from_pykeen(cls, model: nn.Module) -> "TuckER":
+        """A trained `pykeen.models.TuckER` as a model of ours: the same scores, norms with their statistics, dropouts.
+
+        PyKEEN has norms and dropouts where this class has them; its core is (head, relation, tail). Regularizers and
+        constraints, which act in training alone, are left behind. Relations are renumbered (r^-1 is r + R / 2 here).
+
+        Args:
+            model: a PyKEEN model with a `TuckERInteraction`; it is copied.
+
+        Raises:
+            TypeError: another model.
+            ValueError: tables that are normalized or dropped in every forward pass.
+
+        Example:
+            >>> TuckER.from_pykeen(torch.nn.Linear(2, 2))
+            Traceback (most recent call last):
+            TypeError: TuckER.from_pykeen: expected a PyKEEN model with a TuckERInteraction, got Linear
+        """
+        graph, theirs, entities, relations = take(f"{cls.__name__}.from_pykeen", model, "TuckERInteraction")
+        core = theirs.core_tensor.detach().transpose(0, 1)
+        drops = (theirs.head_dropout, theirs.relation_dropout, theirs.head_relation_dropout)
+        with unchanged_rng(core.device):
+            made = cls(
+                graph,
+                core.shape[1],
+                core.shape[0],
+                batch_norm=theirs.head_batch_norm is not None,
+                dropouts=[drop.p for drop in drops],
+                dtype=core.dtype,
+                device=core.device,
+            )
+        made.norm0, made.norm1 = map(deepcopy, (theirs.head_batch_norm, theirs.head_relation_batch_norm))
+        with torch.no_grad():
+            for mine, value in zip((*made.maps.cores, made.entities.weight), (core, relations, entities), strict=True):
+                mine.copy_(value)
+        return made.train(model.training)
 
     def _reset_maps(self, generator: torch.Generator | None) -> None:
         core, relations = self.maps.cores
