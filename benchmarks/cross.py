@@ -291,7 +291,7 @@ def coding_part(arguments: argparse.Namespace) -> list[Row]:
     for name, svd in {"Tucker": st_hosvd, "TT": tt_svd}.items():
         fine = svd(volume, tol=0.02)
         error = float((to_dense(fine) - volume).norm()) / norm
-        for tol in (0.128, 0.075, 0.04):
+        for tol in (0.128, 0.075, 0.05, 0.04):
             row: Row = {"format": name, "error asked": tol}
             row["float32"] = len(grid_bytes(svd(volume, tol=tol).to(torch.float32), shape=volume.shape)[0])
             fitted = fit_error(fine, error, tol, "planes")
