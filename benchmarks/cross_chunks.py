@@ -57,7 +57,7 @@ def write(path: Path, size: int) -> None:
 
 def gemm_seconds(size: int) -> float:
     """The products of `tucker_gram` alone on data in memory: the Gram matrix of rows of chunks, and the projection."""
-    from cross_approx.frames import Star
+    from cross_approx.streaming.frames import Star
     from decompositions.linalg import gram
 
     row = torch.randn(size, min(CHUNK, size), min(CHUNK, size))

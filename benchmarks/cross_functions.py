@@ -33,7 +33,7 @@ from timing import markdown
 from torch import Tensor
 
 from cross_approx import tt_cross
-from cross_approx.held_out import train_entries
+from cross_approx.reading.held_out import train_entries
 
 MOST_EVALUATIONS = 5_000_000
 F64 = torch.float64

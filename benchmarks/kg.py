@@ -25,6 +25,7 @@ from typing import Any
 
 import kg_evaluation
 import kg_mixed
+import kg_picture
 import kg_steps
 import kg_wn18rr
 import torch
@@ -281,6 +282,8 @@ def main() -> None:
             print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     store = stored()
     text = "\n\n".join(table(store[part]) for part, (_, table) in PARTS.items() if store.get(part))
+    for name in SETS if {"epochs", "mixed", "adaptive"} <= set(store["complete"]) else ():
+        print(kg_picture.draw(store, name), file=sys.stderr)
     publish("kg", "Knowledge graphs", text, store, [f"pykeen {version('pykeen')}"])
 
 

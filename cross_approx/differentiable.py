@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from cross_approx.frozen import FrozenCross, frozen_cross, singular_ratio
-from cross_approx.held_out import HeldOut
-from cross_approx.reader import BATCH, LARGEST, Reader, open_source
+from cross_approx.reading.held_out import HeldOut
+from cross_approx.reading.reader import BATCH, LARGEST, Reader, open_source
 from cross_approx.result import CrossResult
-from cross_approx.source import as_source
+from cross_approx.sources.source import as_source
 from cross_approx.tt import tt_cross
 from decompositions.formats.tt import TT
 from decompositions.linalg import check_tol

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cross_approx.digits import ORDERS, Quantization
-from cross_approx.folded import FoldedReader, RealEntries
-from cross_approx.reader import LimitReached, Reader, check_limits, open_source
+from cross_approx.reading.folded import FoldedReader, RealEntries
+from cross_approx.reading.reader import LimitReached, Reader, check_limits, open_source
 from cross_approx.result import CrossResult
 from cross_approx.tt import _check_start, _Search, run_search
 from decompositions.formats.tt import chain_ranks

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cross_approx.held_out import HeldOut
-from cross_approx.reader import LimitReached, Reader, open_source
+from cross_approx.reading.held_out import HeldOut
+from cross_approx.reading.reader import LimitReached, Reader, open_source
 from cross_approx.result import CrossResult, Sweep
 from decompositions.formats.low_rank import LowRank
 from decompositions.linalg import check_ranks, check_tol

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
-from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import KEPT, dominant_rows, more_rows
-from cross_approx.reader import Entries, LimitReached, Reader, check_limits, norm, open_source
+from cross_approx.reading.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
+from cross_approx.reading.held_out import HeldOut
+from cross_approx.reading.reader import Entries, LimitReached, Reader, check_limits, norm, open_source
+from cross_approx.reading.slabs import fit_capped_train
 from cross_approx.result import CrossResult, Sweep
-from cross_approx.slabs import fit_capped_train
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.tt import TT, chain_ranks
 from decompositions.linalg import check_ranks, check_tol, safe_svd

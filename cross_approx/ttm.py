@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cross_approx.digits import Quantization
-from cross_approx.folded import FoldedReader, RealEntries
-from cross_approx.reader import Reader, check_limits, open_source
+from cross_approx.reading.folded import FoldedReader, RealEntries
+from cross_approx.reading.reader import Reader, check_limits, open_source
 from cross_approx.result import CrossResult
+from cross_approx.sources.views import merge_tail
 from cross_approx.tt import _check_start, _Search, run_search
-from cross_approx.views import merge_tail
 from decompositions.formats.modes import check_paired
 from decompositions.formats.tt import TT, chain_ranks, chain_shapes
 from decompositions.formats.tt_matrix import TTMatrix

@@ -9,13 +9,13 @@ from jaxtyping import Inexact, Int
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from cross_approx.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
-from cross_approx.held_out import HeldOut
 from cross_approx.maxvol import KEPT, dominant_rows
-from cross_approx.reader import LimitReached, Reader, check_limits, open_source
+from cross_approx.reading.chunk_choice import ChunkChoice, KnownSource, choose_chunks, monitor_of
+from cross_approx.reading.held_out import HeldOut
+from cross_approx.reading.reader import LimitReached, Reader, check_limits, open_source
+from cross_approx.reading.sampled_fit import fit_tucker
+from cross_approx.reading.slabs import read_slabs, slab_basis
 from cross_approx.result import CrossResult, Sweep
-from cross_approx.sampled_fit import fit_tucker
-from cross_approx.slabs import read_slabs, slab_basis
 from decompositions.formats.tucker import Tucker
 from decompositions.linalg import check_ranks, check_tol, safe_svd
 from decompositions.progress import Progress, reporting

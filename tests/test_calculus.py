@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import ALL, Case
 
-import cross_approx.entries
+import cross_approx.calculus.entries
 from cross_approx import apply_function, decode, gather, integrate, interpolate, quadrature, subtensor
 from decompositions import CP, TT, Network, TensorRing, Tree, TTMatrix, Tucker, to_dense
 
@@ -60,7 +60,7 @@ def test_gather_is_dense_indexing(case, dtype, count, rng):
 
 @pytest.mark.parametrize("entries", [1, 40, 1 << 21])
 def test_gather_in_chunks(entries, rng, monkeypatch):
-    monkeypatch.setattr(cross_approx.entries, "ENTRIES", entries)
+    monkeypatch.setattr(cross_approx.calculus.entries, "ENTRIES", entries)
     for net in (
         TT.random(row_modes=(4, 3, 5), rank=3, dtype=F64, generator=rng),
         CP.random(row_modes=(4, 3, 5), rank=3, dtype=F64, generator=rng),

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from cross_approx import ZarrSource, permute_axes, tt_cross, tucker_cross
-from cross_approx.chunk_choice import ChunkChoice, ChunkHeldOut, KnownSource, stored_chunks
-from cross_approx.chunked import ChunkedSource, regular
-from cross_approx.reader import Reader
+from cross_approx.reading.chunk_choice import ChunkChoice, ChunkHeldOut, KnownSource, stored_chunks
+from cross_approx.reading.reader import Reader
+from cross_approx.sources.chunked import ChunkedSource, regular
 from decompositions import TT, Tucker, st_hosvd, to_dense, tt_svd
 
 F64 = torch.float64

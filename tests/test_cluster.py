@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cross_approx import ChunkError, ClusterSource, as_source, tt_cross
-from cross_approx.chunked import ChunkedSource, regular
-from cross_approx.cluster import _answer, _compact, _sum_boxes, _sum_sums
-from cross_approx.in_memory import ArraySource
+from cross_approx.sources.chunked import ChunkedSource, regular
+from cross_approx.sources.cluster import _answer, _compact, _sum_boxes, _sum_sums
+from cross_approx.sources.in_memory import ArraySource
 from decompositions import to_dense
 
 pytestmark = pytest.mark.dist

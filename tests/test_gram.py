@@ -6,7 +6,7 @@ import torch
 from test_passes import Grid
 
 from cross_approx import tt_gram, tucker_gram
-from cross_approx.frames import Chain, Star
+from cross_approx.streaming.frames import Chain, Star
 from decompositions import TT, Tucker, st_hosvd, to_dense, tt_svd, unfold
 
 SHAPES = [(40,), (24, 30), (14, 20, 11), (8, 9, 6, 7)]

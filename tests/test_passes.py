@@ -14,8 +14,8 @@ from cross_approx import (
     tucker_gram,
     tucker_sketch,
 )
-from cross_approx.chunked import regular
-from cross_approx.passes import Passes, box_grid, decode_box, pieces
+from cross_approx.sources.chunked import regular
+from cross_approx.streaming.passes import Passes, box_grid, decode_box, pieces
 from decompositions import TT, Tucker, to_dense
 
 

@@ -20,7 +20,7 @@ from cross_approx import (
     tucker_gram,
     tucker_sketch,
 )
-from cross_approx.chunked import ChunkedSource, regular
+from cross_approx.sources.chunked import ChunkedSource, regular
 from decompositions import to_dense
 from decompositions.progress import reporting
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cross_approx import ChunkedSource, Quantization, as_source, qtt_cross
-from cross_approx.chunked import regular
 from cross_approx.digits import ORDERS, digit_sizes
-from cross_approx.held_out import train_entries
+from cross_approx.reading.held_out import train_entries
+from cross_approx.sources.chunked import regular
 from decompositions import TT, to_dense, tt_svd
 
 F64 = torch.float64

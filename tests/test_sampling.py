@@ -97,7 +97,7 @@ def test_a_generator_repeats_and_chunks_do_not_matter(rng, monkeypatch):
     net = TT.random(row_modes=(4, 5, 3), rank=3, dtype=F64, generator=rng)
     a, b = (sample(net, 100, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a.indices, b.indices)
-    monkeypatch.setattr("cross_approx.sampling.ENTRIES", 7)
+    monkeypatch.setattr("cross_approx.calculus.sampling.ENTRIES", 7)
     small = sample(net, 3000, generator=rng)
     p = to_dense(net).square() / to_dense(net).square().sum()
     assert abs(chi_square(small.indices, p)) < 5

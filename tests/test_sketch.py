@@ -7,7 +7,7 @@ from test_gram import chunked, error, low_rank
 from test_passes import Grid
 
 from cross_approx import tt_sketch, tucker_sketch
-from cross_approx.sketch import functionals, khatri_rao
+from cross_approx.streaming.sketch import functionals, khatri_rao
 from decompositions import TT, Tucker, st_hosvd, to_dense, tt_svd, unfold
 
 SHAPES = [(40,), (24, 30), (14, 20, 11), (8, 9, 6, 7)]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cross_approx import ChunkedSource, ChunkError, as_source
-from cross_approx.chunked import ChunkCache, regular, row_chunks
-from cross_approx.packing import packing
+from cross_approx.sources.chunked import ChunkCache, regular, row_chunks
+from cross_approx.sources.packing import packing
 
 DTYPES = ["f8", ">f4", "f2", "c16", ">c8", "i8", ">i2", "u1", "u2", "u4", "u8", "?"]
 
@@ -188,7 +188,7 @@ def test_row_chunks_cover_and_fit():
 
 def test_a_failing_chunk_is_tried_again(monkeypatch):
     waits = []
-    monkeypatch.setattr("cross_approx.chunked.time.sleep", waits.append)
+    monkeypatch.setattr("cross_approx.sources.chunked.time.sleep", waits.append)
     x = np.arange(6.0)
     source = Grid(x, (2,), fails=[(1,), (1,)], backoff=0.1)
     assert source.entries(torch.tensor([[3], [0]])).tolist() == [3.0, 0.0]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cross_approx import as_source, tt_cross
-from cross_approx.held_out import train_entries
-from cross_approx.reader import Reader
+from cross_approx.reading.held_out import train_entries
+from cross_approx.reading.reader import Reader
 from decompositions import TT, to_dense, tt_svd
 
 F64 = torch.float64

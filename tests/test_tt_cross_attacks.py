@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cross_approx import tt_cross
-from cross_approx.held_out import HeldOut, train_entries
-from cross_approx.reader import Reader, norm, open_source
+from cross_approx.reading.held_out import HeldOut, train_entries
+from cross_approx.reading.reader import Reader, norm, open_source
 from decompositions import TT
 
 F64 = torch.float64

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cross_approx import tucker_cross
-from cross_approx.sampled_fit import Block, fit_train, fit_tucker
+from cross_approx.reading.sampled_fit import Block, fit_train, fit_tucker
 from cross_approx.tucker import tucker_entries
 from decompositions import TT, Tucker, st_hosvd, to_dense
 

@@ -21,7 +21,7 @@ from cross_approx import (
     split_axis,
     split_digits,
 )
-from cross_approx.chunked import regular
+from cross_approx.sources.chunked import regular
 
 F64 = torch.float64
 

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.frames import Chain, Frame, Star, project_box
-from cross_approx.passes import (
+from cross_approx.result import CrossResult
+from cross_approx.streaming.frames import Chain, Frame, Star, project_box
+from cross_approx.streaming.passes import (
     BOX_BYTES,
     Box,
     BoxGrid,
@@ -20,7 +21,6 @@ from cross_approx.passes import (
     pieces,
     squared_norm,
 )
-from cross_approx.result import CrossResult
 from decompositions.formats.network import Network
 from decompositions.formats.tt import chain_ranks
 from decompositions.linalg import (

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.frames import Chain, Frame, Star, contract, project_box
-from cross_approx.passes import BOX_BYTES, Box, BoxGrid, Passes, PassState, Sums, pieces, squared_norm
 from cross_approx.result import CrossResult
+from cross_approx.streaming.frames import Chain, Frame, Star, contract, project_box
+from cross_approx.streaming.passes import BOX_BYTES, Box, BoxGrid, Passes, PassState, Sums, pieces, squared_norm
 from decompositions.formats.algebra import to_dense
 from decompositions.formats.gauge import orthogonalize
 from decompositions.formats.gauge import round as round_network

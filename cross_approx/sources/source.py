@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.packing import Packing
+from cross_approx.sources.packing import Packing
 
 CACHE_BYTES = 1 << 28
 CHUNK_BYTES = 1 << 22
@@ -34,7 +34,7 @@ class Source(ABC):
 
     Example:
         >>> import torch
-        >>> from cross_approx.source import as_source
+        >>> from cross_approx.sources.source import as_source
         >>> source = as_source(torch.arange(6.0).reshape(2, 3))
         >>> source.entries(torch.tensor([[0, 1], [1, 2]])), source.fibers(torch.tensor([[1, 0]]), axis=1)
         (tensor([1., 5.]), tensor([[3., 4., 5.]]))
@@ -310,7 +310,7 @@ def as_source(
         >>> source.slab((slice(None), slice(None))).tolist()
         [[0.5, 1.0], [1.5, 0.0]]
     """
-    from cross_approx.in_memory import ArraySource, FunctionSource, TensorSource  # it imports this module
+    from cross_approx.sources.in_memory import ArraySource, FunctionSource, TensorSource  # it imports this module
 
     stored: dict[str, Any] = {"scale": scale, "offset": offset, "fill_value": fill_value, "missing": missing}
     is_function = callable(x)
@@ -338,7 +338,7 @@ def as_source(
     common["device"] = device
     if isinstance(x, np.ndarray):
         return _shaped(ArraySource(x, **common), shape)
-    from cross_approx import out_of_core  # it imports this module
+    from cross_approx.sources import out_of_core  # it imports this module
 
     if isinstance(x, str | os.PathLike) and str(x).endswith(".npy") and os.path.isfile(x):
         return _shaped(ArraySource(np.load(x, mmap_mode="r", allow_pickle=False), **common), shape)

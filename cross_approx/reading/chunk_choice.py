@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Inexact, Int
 from torch import Tensor
 
-from cross_approx.held_out import HeldOut
-from cross_approx.out_of_core import ZarrSource
-from cross_approx.reader import Entries
+from cross_approx.reading.held_out import HeldOut
+from cross_approx.reading.reader import Entries
+from cross_approx.sources.out_of_core import ZarrSource
 
 HELD_SHARE = 0.025
 """Part of the bytes allowed that random chunks take, where entries are held out, if that is 8 of them at least."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cross_approx.digits import Quantization
-from cross_approx.packing import Packing
-from cross_approx.source import Source, as_source
+from cross_approx.sources.packing import Packing
+from cross_approx.sources.source import Source, as_source
 from decompositions.formats.modes import check_axes
 
 Fill = Literal["edge", "zero"]

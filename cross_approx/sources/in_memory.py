@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cross_approx.packing import Packing, natural_dtype, packing, to_torch, torch_dtype
-from cross_approx.source import Source
+from cross_approx.sources.packing import Packing, natural_dtype, packing, to_torch, torch_dtype
+from cross_approx.sources.source import Source
 
 
 class TensorSource(Source):

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Inexact
 from torch import Tensor
 
-from cross_approx.packing import over, packing, torch_dtype
-from cross_approx.source import CACHE_BYTES, Source
+from cross_approx.sources.packing import over, packing, torch_dtype
+from cross_approx.sources.source import CACHE_BYTES, Source
 
 Key = tuple[int, ...]
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cross_approx.chunked import ChunkedSource, Key, regular, row_chunks
-from cross_approx.packing import torch_dtype
-from cross_approx.source import CHUNK_BYTES, Source
+from cross_approx.sources.chunked import ChunkedSource, Key, regular, row_chunks
+from cross_approx.sources.packing import torch_dtype
+from cross_approx.sources.source import CHUNK_BYTES, Source
 
 SAFETENSORS = {
     "BOOL": torch.bool,

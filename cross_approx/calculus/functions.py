@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
-from cross_approx.entries import Corner, check_index, values_at
-from cross_approx.interpolation import check_axes, downsample, per_axis
-from cross_approx.legs import contract_away, pick
+from cross_approx.calculus.entries import Corner, check_index, values_at
+from cross_approx.calculus.interpolation import check_axes, downsample, per_axis
+from cross_approx.calculus.legs import contract_away, pick
 from cross_approx.result import CrossResult
 from cross_approx.tt import tt_cross
 from decompositions.formats.algebra import to_dense

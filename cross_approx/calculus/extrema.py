@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.chains import Chain, chain_of
-from cross_approx.entries import Corner, values_at
+from cross_approx.calculus.chains import Chain, chain_of
+from cross_approx.calculus.entries import Corner, values_at
 from cross_approx.maxvol import dominant_rows
 from decompositions.formats.modes import as_integer
 from decompositions.formats.network import Network

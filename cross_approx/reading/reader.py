@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.source import as_source
+from cross_approx.sources.source import as_source
 from decompositions.linalg import check_finite
 
 F64 = torch.float64

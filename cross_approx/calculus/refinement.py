@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cross_approx.calculus import integrate
+from cross_approx.calculus.functions import integrate
+from cross_approx.calculus.interpolation import check_axes
 from cross_approx.digits import Quantization
-from cross_approx.interpolation import check_axes
 from decompositions.formats.gauge import round as round_network
 from decompositions.formats.modes import as_integer
 from decompositions.formats.network import Network

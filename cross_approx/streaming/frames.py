@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.passes import Box, pieces, squared_norm
+from cross_approx.streaming.passes import Box, pieces, squared_norm
 from decompositions.formats.network import Network
 from decompositions.formats.tt import TT, chain_ranks
 from decompositions.formats.tucker import Tucker

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from cross_approx.entries import Corner, values_at
-from cross_approx.legs import transform, with_own_legs
+from cross_approx.calculus.entries import Corner, values_at
+from cross_approx.calculus.legs import transform, with_own_legs
 from decompositions.formats.modes import as_integer
 from decompositions.formats.network import Network
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.reader import Entries, norm
+from cross_approx.reading.reader import Entries, norm
 
 ENUMERATE = 1 << 16
 """Tensors of at most so many entries are listed rather than sampled."""

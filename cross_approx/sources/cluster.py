@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.chunked import ChunkCache, ChunkedSource, ChunkError, Key, _Part
-from cross_approx.out_of_core import DaskSource, _package
-from cross_approx.source import CACHE_BYTES, as_source
+from cross_approx.sources.chunked import ChunkCache, ChunkedSource, ChunkError, Key, _Part
+from cross_approx.sources.out_of_core import DaskSource, _package
+from cross_approx.sources.source import CACHE_BYTES, as_source
 
 Box = tuple[slice, ...]
 Sums = dict[str, Tensor]

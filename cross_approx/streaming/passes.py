@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from cross_approx.chunked import ChunkError
 from cross_approx.result import CrossResult, Sweep
-from cross_approx.source import Source, as_source
+from cross_approx.sources.chunked import ChunkError
+from cross_approx.sources.source import Source, as_source
 from decompositions.formats.algebra import to_dense
 from decompositions.formats.network import Network
 from decompositions.linalg import accumulate_dtype

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.chunk_choice import ChunkChoice
-from cross_approx.held_out import HeldOut
-from cross_approx.reader import Entries
-from cross_approx.sampled_fit import ITERATIONS, Block, fit_train, fit_train_core
+from cross_approx.reading.chunk_choice import ChunkChoice
+from cross_approx.reading.held_out import HeldOut
+from cross_approx.reading.reader import Entries
+from cross_approx.reading.sampled_fit import ITERATIONS, Block, fit_train, fit_train_core
 
 OVERSAMPLING = 2.5
 """Indices of a mode in the slabs of the others, over its rank, where no limit binds."""

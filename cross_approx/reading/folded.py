@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from cross_approx.held_out import HeldOut
-from cross_approx.reader import Reader
-from cross_approx.views import Fill
+from cross_approx.reading.held_out import HeldOut
+from cross_approx.reading.reader import Reader
+from cross_approx.sources.views import Fill
 
 
 class FoldedReader:

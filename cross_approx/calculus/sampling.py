@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cross_approx.chains import Chain, chain_of
+from cross_approx.calculus.chains import Chain, chain_of
 from decompositions.formats.modes import as_integer
 from decompositions.formats.network import Network
 

@@ -1,0 +1,1 @@
+"""All entries of a source too large for memory, in passes over its chunks: Gram matrices and sketches."""
