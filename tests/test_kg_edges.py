@@ -47,6 +47,27 @@ def test_models_of_ones_own_keep_the_promise():
     assert list(inspect.signature(Own).parameters) == ["triples", "width", "generator"]
 
 
+def test_a_generator_in_its_place_is_one_too_and_torchs_own_moves_on():
+    class Own(kg.KGModel):
+        def __init__(self, triples, generator):
+            super().__init__(triples.num_entities, triples.num_relations, inverse=triples.inverse)
+            self.entities = torch.nn.Embedding(self.num_entities, 3)
+            torch.nn.init.normal_(self.entities.weight, generator=generator)
+
+    class More(Own):
+        def __init__(self, triples, generator):
+            super().__init__(triples, generator)
+            self.relations = torch.nn.Embedding(self.num_relations, 3)
+
+    for kind in (Own, More):
+        before = torch.get_rng_state()
+        kind(GRAPH, torch.Generator().manual_seed(0))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not torch.equal(kind(GRAPH, generator=None).entities.weight, kind(GRAPH, None).entities.weight)
+    first, second = (TuckER(GRAPH, 4, 2, generator=torch.default_generator) for _ in range(2))
+    assert not torch.equal(first.entities.weight, second.entities.weight)
+
+
 def test_every_model_that_draws_is_among_them():
     assert {"TuckER", "TTER", "RESCAL", "MEIM", "DistMult", "ComplEx", "RotH", "AttH", "LPITF", "MIGTF"} <= set(DRAWN)
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -153,12 +154,11 @@ def _drawing_from_its_generator(init: Callable[..., None]) -> Callable[..., None
     """
 
     @wraps(init)
-    def made(self: Any, *args: Any, generator: torch.Generator | None = None, **options: Any) -> None:
-        if generator is None:
+    def made(self: Any, *args: Any, **options: Any) -> None:
+        given = [value for value in (*args, *options.values()) if isinstance(value, torch.Generator)]
+        given = [value for value in given if value is not torch.default_generator]  # which is torch's own
+        with unchanged_rng(given[0].device) if given else nullcontext():
             init(self, *args, **options)
-            return
-        with unchanged_rng(generator.device):
-            init(self, *args, generator=generator, **options)
 
     return made
 
