@@ -107,3 +107,18 @@ def test_results_print_in_a_line():
         assert repr(made).startswith(text)
         assert len(repr(made)) < 120
         assert "\n" not in repr(made)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"name": ["Adam"]}, r"optimizer must be one of AdamW, .* got \['Adam'\]"),
+        ({"name": "Adam", "betas": 5}, r"torch's Adam takes no lr=0.1, \{'betas': 5\}"),
+        ({"name": "Adam", "eps": "x"}, r"torch's Adam takes no lr=0.1, \{'eps': 'x'\}"),
+        ({"name": "SGD", "nesterov": True}, r"torch's SGD takes no .* \(Nesterov momentum requires"),
+        ({"name": "Adam", "differentiable": True}, "Adam has no option 'differentiable' here"),
+    ],
+)
+def test_options_that_an_optimizer_does_not_take(asked, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(TuckER(GRAPH, 4, 2), asked, lr=0.1, weight_decay=0.0, steps=10)
