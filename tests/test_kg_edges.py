@@ -122,3 +122,30 @@ def test_results_print_in_a_line():
 def test_options_that_an_optimizer_does_not_take(asked, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(TuckER(GRAPH, 4, 2), asked, lr=0.1, weight_decay=0.0, steps=10)
+
+
+def test_labels_that_were_numbers_are_asked_for_as_numbers():
+    triples = load_triples({"train": [(10, 0, 20), (20, 0, 30), (30, 1, 10)]})
+    assert triples.entity_ids([30, "10"]).tolist() == [2, 0]
+    model = TuckER(triples, 4, 2)
+    found, same = kg.predict(model, triples, head=10, relation=0), kg.predict(model, triples, head="10", relation="0")
+    assert found == same
+    assert found.question == "(10, 0, ?)"
+    with pytest.raises(ValueError, match=r"count must be an int >= 1, got 1\.5"):
+        kg.predict(model, triples, head=10, relation=0, count=1.5)
+    with pytest.raises(TypeError, match="expected a KGModel or a PyKEEN model"):
+        kg.predict(torch.nn.Linear(2, 2), triples, head=10, relation=0)
+
+
+def test_a_model_of_pykeen_is_asked_by_name():
+    models, data = pytest.importorskip("pykeen.models"), pytest.importorskip("pykeen.datasets")
+    triples = load_triples("nations", inverse=False)
+    model = models.DistMult(triples_factory=data.Nations().training, embedding_dim=4, random_seed=0)
+    head, relation, _ = triples.test[0].tolist()
+    found = kg.predict(
+        model, triples, head=triples.entity_labels[head], relation=triples.relation_labels[relation], count=14
+    )
+    scores = model.score_t(torch.tensor([[head, relation]]))[0]
+    assert [answer.name for answer in found.answers] == [
+        triples.entity_labels[k] for k in scores.argsort(descending=True, stable=True)
+    ]
