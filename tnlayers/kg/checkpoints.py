@@ -116,6 +116,7 @@ class Checkpoint:
                 f"({type(error).__name__}); remove it to begin anew"
             ) from None
         wanted = json.loads(json.dumps(dict(self.identity)))
+        identity = {"triples": wanted.get("triples")} | identity  # which older files do not tell
         other = [key for key in {**identity, **wanted} if identity.get(key) != wanted.get(key)]
         if kind != KIND or other:
             told = ", ".join(f"{key} = {wanted.get(key)!r} (the file: {identity.get(key)!r})" for key in other)
