@@ -244,3 +244,70 @@ def test_refusals():
         H.lorentz_distance(torch.zeros(3), torch.zeros(3), float("nan"))
     with pytest.raises(TypeError, match=r"points must be floating, got torch.int64"):
         H.poincare_exp0(torch.zeros(2, dtype=torch.long))
+
+
+# --- far out, near the edge, and at any curvature ---
+
+EXTREME = [1e-6, 1e-3, 1.0, 1e3]
+
+
+@pytest.mark.parametrize("c", EXTREME)
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 36.0), (F64, 340.0)])
+def test_logarithms_and_their_gradients_are_finite_as_far_as_points_are(c, dtype, far):
+    far = 40.0 if dtype == torch.float32 and c >= 1e-3 else far
+    v = torch.tensor([0.6, -0.8, 0.1], dtype=F64)
+    v = (v / v.norm() * far / math.sqrt(c)).to(dtype)
+    x = H.lorentz_exp0(v, c)
+    assert torch.allclose(H.lorentz_log0(x, c), v, rtol=1e-5)
+    for other in (-v, v.flip(0), v * (1 - 1e-3), v):
+        leaves = [z[1:].clone().requires_grad_() for z in (x, H.lorentz_exp0(other, c))]
+        for name in ("lorentz_log", "lorentz_distance"):
+            value = getattr(H, name)(*(H.lift(leaf, c) for leaf in leaves), c)
+            assert bool(torch.isfinite(value).all()), (name, other)
+            for gradient in torch.autograd.grad(value.sum(), leaves):
+                assert bool(torch.isfinite(gradient).all()), (name, other)
+
+
+@pytest.mark.parametrize("c", EXTREME)
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 36.0), (F64, 300.0)])
+def test_distances_along_a_ray_are_exact(c, dtype, far):
+    """Points of one line: what rounding leaves across it must not count |x||y| times."""
+    eps = torch.finfo(dtype).eps
+    for distance in (1.0, 0.5 * far, far):
+        x = H.lorentz_exp0(torch.tensor([distance / math.sqrt(c)], dtype=dtype), c)
+        for factor in (1 + 8 * eps, 1 + 1e-4, 3.0, -1.0):
+            y = H.lift(x[1:] * factor, c)
+            with mpmath.workdps(60):
+                ends = [mpmath.asinh(mpmath.sqrt(c) * mpmath.mpf(float(z[1]))) for z in (x, y)]
+                exact = float(abs(ends[0] - ends[1]) / mpmath.sqrt(c))
+            assert math.isclose(float(H.lorentz_distance(x, y, c)), exact, rel_tol=40 * eps), (distance, factor)
+
+
+@pytest.mark.parametrize("c", EXTREME)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_transport_between_points_that_are_equal_or_close_far_out(c, dtype, rng):
+    """A vector is left as it is from x to x; 12 is where eps exp(2 √c ρ) is 10^3 in float32."""
+    x = H.lorentz_exp0(torch.tensor([0.36, -0.48, 0.8], dtype=F64) * 12 / math.sqrt(c), c).to(dtype)
+    v = H.lorentz_project_tangent(x.double(), torch.randn(4, dtype=F64, generator=rng), c).to(dtype)
+    assert torch.allclose(H.lorentz_transport(x, x, v, c), v, rtol=1e-6, atol=0)
+    y = H.lift(x[1:] * (1 + 1e-5), c)
+    exact = H.lorentz_transport(x.double(), y.double(), v.double(), c)
+    error = (H.lorentz_transport(x, y, v, c).double() - exact).norm() / exact.norm()
+    assert float(error) <= 4 * torch.finfo(dtype).eps * math.exp(12)
+
+
+@pytest.mark.parametrize("c", EXTREME)
+@pytest.mark.parametrize(("dtype", "edge"), [(torch.float32, 13.0), (torch.float32, 99.0), (F64, 33.0), (F64, 99.0)])
+def test_sums_and_transport_at_the_edge_of_the_ball(c, dtype, edge, rng):
+    for d in (1, 3, 20):
+        v = torch.randn(d, dtype=F64, generator=rng)
+        p = H.poincare_exp0((v / v.norm() * edge / 2 / math.sqrt(c)).to(dtype), c)
+        w = torch.randn(d, dtype=dtype, generator=rng)
+        assert torch.allclose(H.poincare_transport(p, p, w, c), w, rtol=1e-6, atol=0)
+        for q in (p, -p, p * (1 - 1e-6), p.flip(0)):
+            assert bool(torch.isfinite(H.poincare_transport(p, q, w, c)).all())
+            leaves = [z.clone().requires_grad_() for z in (p, q)]
+            for name in ("mobius_add", "poincare_log", "poincare_distance"):
+                value = getattr(H, name)(*leaves, c)
+                for gradient in torch.autograd.grad(value.sum(), leaves):
+                    assert bool(torch.isfinite(gradient).all()), (name, d)

@@ -47,6 +47,27 @@ def test_models_of_ones_own_keep_the_promise():
     assert list(inspect.signature(Own).parameters) == ["triples", "width", "generator"]
 
 
+def test_a_generator_in_its_place_is_one_too_and_torchs_own_moves_on():
+    class Own(kg.KGModel):
+        def __init__(self, triples, generator):
+            super().__init__(triples.num_entities, triples.num_relations, inverse=triples.inverse)
+            self.entities = torch.nn.Embedding(self.num_entities, 3)
+            torch.nn.init.normal_(self.entities.weight, generator=generator)
+
+    class More(Own):
+        def __init__(self, triples, generator):
+            super().__init__(triples, generator)
+            self.relations = torch.nn.Embedding(self.num_relations, 3)
+
+    for kind in (Own, More):
+        before = torch.get_rng_state()
+        kind(GRAPH, torch.Generator().manual_seed(0))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not torch.equal(kind(GRAPH, generator=None).entities.weight, kind(GRAPH, None).entities.weight)
+    first, second = (TuckER(GRAPH, 4, 2, generator=torch.default_generator) for _ in range(2))
+    assert not torch.equal(first.entities.weight, second.entities.weight)
+
+
 def test_every_model_that_draws_is_among_them():
     assert {"TuckER", "TTER", "RESCAL", "MEIM", "DistMult", "ComplEx", "RotH", "AttH", "LPITF", "MIGTF"} <= set(DRAWN)
 
@@ -86,3 +107,45 @@ def test_results_print_in_a_line():
         assert repr(made).startswith(text)
         assert len(repr(made)) < 120
         assert "\n" not in repr(made)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"name": ["Adam"]}, r"optimizer must be one of AdamW, .* got \['Adam'\]"),
+        ({"name": "Adam", "betas": 5}, r"torch's Adam takes no lr=0.1, \{'betas': 5\}"),
+        ({"name": "Adam", "eps": "x"}, r"torch's Adam takes no lr=0.1, \{'eps': 'x'\}"),
+        ({"name": "SGD", "nesterov": True}, r"torch's SGD takes no .* \(Nesterov momentum requires"),
+        ({"name": "Adam", "differentiable": True}, "Adam has no option 'differentiable' here"),
+    ],
+)
+def test_options_that_an_optimizer_does_not_take(asked, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(TuckER(GRAPH, 4, 2), asked, lr=0.1, weight_decay=0.0, steps=10)
+
+
+def test_labels_that_were_numbers_are_asked_for_as_numbers():
+    triples = load_triples({"train": [(10, 0, 20), (20, 0, 30), (30, 1, 10)]})
+    assert triples.entity_ids([30, "10"]).tolist() == [2, 0]
+    model = TuckER(triples, 4, 2)
+    found, same = kg.predict(model, triples, head=10, relation=0), kg.predict(model, triples, head="10", relation="0")
+    assert found == same
+    assert found.question == "(10, 0, ?)"
+    with pytest.raises(ValueError, match=r"count must be an int >= 1, got 1\.5"):
+        kg.predict(model, triples, head=10, relation=0, count=1.5)
+    with pytest.raises(TypeError, match="expected a KGModel or a PyKEEN model"):
+        kg.predict(torch.nn.Linear(2, 2), triples, head=10, relation=0)
+
+
+def test_a_model_of_pykeen_is_asked_by_name():
+    models, data = pytest.importorskip("pykeen.models"), pytest.importorskip("pykeen.datasets")
+    triples = load_triples("nations", inverse=False)
+    model = models.DistMult(triples_factory=data.Nations().training, embedding_dim=4, random_seed=0)
+    head, relation, _ = triples.test[0].tolist()
+    found = kg.predict(
+        model, triples, head=triples.entity_labels[head], relation=triples.relation_labels[relation], count=14
+    )
+    scores = model.score_t(torch.tensor([[head, relation]]))[0]
+    assert [answer.name for answer in found.answers] == [
+        triples.entity_labels[k] for k in scores.argsort(descending=True, stable=True)
+    ]

@@ -130,3 +130,22 @@ def test_mixed_geometry_asks_each_part_in_its_own_way(rng):
     model.tucker.query = lambda heads, relations: asked.append(len(heads)) or own(heads, relations)
     model.score_heads(torch.tensor([0, 1]), torch.tensor([4, 5]))
     assert not asked
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", [*MODELS, "LPITF"])
+def test_a_subclass_that_changes_the_query_alone_is_asked_by_that_query(rng, name, inverse):
+    class Bent(getattr(kg, name)):
+        def query(self, heads, relations):
+            return super().query(heads, relations) * (1 + heads[:, None] + 100 * relations[:, None])
+
+    options = {"dim": 6, "batch_norm": False} if name == "LPITF" else MODELS[name]
+    model = Bent(graph(inverse=inverse), **options, generator=rng).double().eval()
+    every, r, t = torch.arange(23), torch.tensor([2, 0]), torch.tensor([3, 7])
+    pairs = [(every, r[k].expand(23), t[k].expand(23)) for k in range(2)]
+    if inverse:
+        pairs = [(tails, model.inverted(relations), heads) for heads, relations, tails in pairs]
+    torch.testing.assert_close(model.score_heads(r, t), torch.stack([model(*pair) for pair in pairs]))
+    count = model.num_relations // (2 if inverse else 1)
+    wanted = torch.stack([model(r.new_full((2,), 5), r.new_full((2,), k), t) for k in range(count)], 1)
+    torch.testing.assert_close(model.score_relations(r.new_full((2,), 5), t), wanted)

@@ -264,8 +264,11 @@ def test_non_finite_scores_are_refused_with_the_query(rng, value, exact):
     ("arguments", "message"),
     [
         ({"direction": "up"}, "direction must be one of both, head, tail, got 'up'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"entity_chunk": -1}, "entity_chunk must be at least 1, got -1"),
+        ({"batch_size": 0}, "batch_size must be an int >= 1, or None, got 0"),
+        ({"batch_size": 2.0}, "batch_size must be an int >= 1, or None, got 2.0"),
+        ({"entity_chunk": -1}, "entity_chunk must be an int >= 1, or None, got -1"),
+        ({"hits_at": (1, 0)}, r"hits_at must be ints >= 1, got \(1, 0\)"),
+        ({"hits_at": "10"}, r"hits_at must be ints >= 1, got \('1', '0'\)"),
         ({"split": "valid"}, "the split valid is empty"),
         ({"split": torch.tensor([[0, 3, 1]])}, r"ids of the graph, below \[23, 3, 23\]"),
         ({"candidates": torch.tensor([23])}, "candidates must be below 23 entities, got 23 to 23"),
@@ -289,6 +292,16 @@ def test_models_that_do_not_fit(rng):
     for ids, kind in (([0, 1], "list"), (torch.tensor([0.0, 1.0]), "torch.float32")):
         with pytest.raises(TypeError, match=f"candidates are int64 ids in a tensor, got {kind}"):
             evaluate(Table(triples, rng), triples, candidates=ids)
+        with pytest.raises(TypeError, match=f"triples to rank are int64 ids in a tensor, got {kind}"):
+            evaluate(Table(triples, rng), triples, [[0, 0, 1]] if kind == "list" else torch.zeros(1, 3))
+
+
+def test_a_candidate_that_is_offered_twice_counts_twice(rng):
+    triples = graph(rng)
+    unknown = torch.tensor([[0, 0, 1]])
+    offered = torch.tensor([[2, 2]])
+    found = rank(Table(triples, rng, 1), triples, unknown, direction="tail", candidates=offered, filtered=False)
+    assert table_of(found).tolist() == [[1, 3, 3]]
 
 
 def test_a_model_that_cannot_be_copied_names_the_way_out(rng):

@@ -1,5 +1,6 @@
 """Training that is interrupted and goes on, bit for bit; and on several workers, as one process."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -10,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kg_models import Bilinear, Mapped, answers_of, bits, equal, graph
@@ -194,6 +196,15 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path):
         train(Bilinear(triples), triples, epochs=1, batch_size=32, seed=0, checkpoint=file)
     with pytest.raises(ValueError, match=r"loss = \"OneToN\(smoothing=0.2, .*\)\" \(the file"):
         train(Bilinear(triples), triples, epochs=1, batch_size=16, label_smoothing=0.2, seed=0, checkpoint=file)
+    other = dataclasses.replace(triples, train=triples.train[torch.arange(len(triples.train)) - 1])
+    with pytest.raises(ValueError, match=r"of another run: triples = '[0-9a-f]{16}' \(the file"):
+        train(Bilinear(other), other, epochs=1, batch_size=16, seed=0, checkpoint=file)
+    for wide in (Bilinear(triples, norm=True), Bilinear(triples).requires_grad_(False)):
+        wide.relations.requires_grad_(True)
+        kept = bits(wide)
+        with pytest.raises(ValueError, match="a model of other sizes, or with other parts frozen"):
+            train(wide, triples, epochs=2, batch_size=16, seed=0, checkpoint=file)
+        assert equal(bits(wide), kept)
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     start = Bilinear(triples)
@@ -201,6 +212,14 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the checkpoint cannot be read, expected a file of train"):
         train(start, triples, epochs=1, batch_size=16, seed=0, checkpoint=file)
     assert equal(bits(start), before)
+
+
+def test_numbers_of_numpy_are_kept_as_numbers(tmp_path):
+    asked = {"name": "SGD", "momentum": np.float64(0.5)}
+    given = {"batch_size": np.int64(16), "lr": np.float32(0.5), "seed": np.int64(3), "optimizer": asked}
+    plain = {"batch_size": 16, "lr": 0.5, "seed": 3, "optimizer": {"name": "SGD", "momentum": 0.5}}
+    train(Bilinear(graph()), graph(), epochs=1, checkpoint=tmp_path / "run.pt", **given)
+    assert len(train(Bilinear(graph()), graph(), epochs=2, checkpoint=tmp_path / "run.pt", **plain).losses) == 2
 
 
 # --- several workers ---

@@ -246,6 +246,7 @@ def test_tables_of_labels():
         ([("a", "r", "b"), ("a", "r", float("nan"))], r"train row 1: the tail is missing \(nan\)"),
         ([("a", "r", "b"), ("a", " ", "b")], r"train row 1: the relation is missing \(' '\)"),
         ([(b"a", "r", "b")], r"train row 0: a label is text or a whole number, got the head b'a'"),
+        ([(1, "r", "b"), ("b", "r", True)], "train row 1: a label is text or a whole number, got the tail True"),
         (np.array([[0, 0, 1.5]]), "train row 0: a label is text or a whole number, got the head 0.0"),
         ({("a", "r", "b")}, "train must be rows of 3 labels, got set"),
         ([("a", "r", "b"), ("a", "r")], "train must be rows of 3 labels"),

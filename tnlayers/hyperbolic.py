@@ -7,10 +7,11 @@ Poincaré model the ball `c |p|^2 < 1`. Papers that write `-x_0^2 + |x|^2 = -β`
 What rounding allows (G. Mishne, Z. Wan, Y. Wang, S. Yang, The numerical stability of hyperbolic representation
 learning, arXiv 2211.00181): a point at distance ρ from the origin has Lorentz coordinates of size exp(√c ρ), and lies
 exp(-√c ρ) from the boundary of the ball. So parametrize points by tangent vectors at the origin, or by the space part
-of Lorentz coordinates (`lift` computes the time): both represent every point up to the range of the exponent,
-√c ρ <= 40 in float32 and <= 340 in float64 (beyond, distances are NaN). A tangent vector at such a point has
-coordinates as large as the point's, so that `lorentz_exp` and `lorentz_log` from it err by exp(√c ρ) eps, relatively.
-The ball ends at √c ρ of about 14 and 34, where `poincare_project` puts what lies beyond.
+of Lorentz coordinates (`lift` computes the time): both represent every point up to the range of the exponent, as long
+as the square of x_0 = cosh(√c ρ) / √c is a number: √c ρ <= 40 in float32 for c >= .001 (36 for c = 1e-6) and <= 340 in
+float64 (beyond, distances are NaN). A tangent vector at such a point has coordinates as large as the point's, so that
+`lorentz_exp` and `lorentz_log` from it err by exp(√c ρ) eps, relatively. The ball ends at √c ρ of about 14 and 34,
+where `poincare_project` puts what lies beyond.
 """
 
 from collections.abc import Callable
@@ -145,8 +146,8 @@ def lorentz_log(
     half = _half_square(x, y, c)
     half_sinh = c.sqrt() / 2 * _root(2 * half)  # sinh(√c d / 2)
     # d / sqrt(2 D + c D^2) = 2 arsinh(s) / (2 s sqrt(1 + s^2)), which is 1 at s = 0
-    factor = _arcsinhc(half_sinh) / (1 + half_sinh.square()).sqrt()
-    return factor * (y - x) - factor * half * c * x  # in this order D x, which may overflow, is not formed
+    arc, cosh = _arcsinhc(half_sinh), (1 + half_sinh.square()).sqrt()
+    return arc / cosh * (y - x) - arc * (c * half / cosh) * x  # neither D x, nor its gradient D g, which may overflow
 
 
 def lorentz_exp0(v: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d1"]:
@@ -207,8 +208,12 @@ def lorentz_transport(
         True
     """
     c = _curvature("lorentz_transport", curvature, x)
-    below = 2 + c * _half_square(x, y, c)  # 1 - c <x, y>
-    return v + c * lorentz_inner(y, v)[..., None] / below * (x + y)
+    # <y, v> = <y - x, v>, the times by the spaces: its terms of the size |y||v| would cancel where y is close to x
+    apart, times = y[..., 1:] - x[..., 1:], x[..., :1] + y[..., :1]
+    rise = (apart * (x[..., 1:] + y[..., 1:])).sum(-1, keepdim=True) / times
+    v0 = (x[..., 1:] * v[..., 1:]).sum(-1, keepdim=True) / x[..., :1]
+    inner = (apart * v[..., 1:]).sum(-1, keepdim=True) - rise * v0
+    return v + c * inner / (2 + c * _half_square(x, y, c)) * (x + y)  # 1 - c <x, y> = 2 + c D
 
 
 def lorentz_add(
@@ -371,14 +376,14 @@ def poincare_transport(
         True
     """
     c = _curvature("poincare_transport", curvature, p)
-    a, b = q, -p
-    ab, av, bv = ((x * y).sum(-1, keepdim=True) for x, y in ((a, b), (a, v), (b, v)))
-    aa, bb = (x.square().sum(-1, keepdim=True) for x in (a, b))
-    # gyr[a, b] v = v + 2 (A a + B b) / D (Ungar 2009)
-    first = -c.square() * av * bb + c * bv + 2 * c.square() * ab * bv
-    second = -c.square() * bv * aa - c * av
-    below = 1 + 2 * c * ab + c.square() * aa * bb
-    return (v + 2 * (first * a + second * b) / below) * _gap(q, c) / _gap(p, c)
+    # gyr[q, -p] v (Ungar 2009) in terms of apart = q - p: its terms cancel where p and q are close to the boundary
+    apart = q - p
+    pv, av, ap = ((x * y).sum(-1, keepdim=True) for x, y in ((p, v), (apart, v), (apart, p)))
+    aa, pp = (x.square().sum(-1, keepdim=True) for x in (apart, p))
+    here, there = _gap(p, c), _gap(q, c)
+    along_apart = c * (2 * ap * pv - pp * av) - here * pv
+    along_p = here * av - c * pv * aa
+    return (v + 2 * c * (along_apart * apart + along_p * p) / (here * there + c * aa)) * there / here
 
 
 def _curvature(name: str, curvature: Curvature, points: Tensor) -> Tensor:
@@ -410,9 +415,14 @@ def _half_square(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
         product, most = small * large, torch.where(large > 0, large, 1)
         # the difference of the norms, and |x||y| times that of the directions, from x - y: neither cancels
         outward = (apart * (x / most + y / most)).sum(-1, keepdim=True) / (1 + small / most)
-        across = apart - outward * torch.where(size <= other, x, y) / torch.where(small > 0, small, 1)
+        direction = torch.where(size <= other, x, y) / torch.where(small > 0, small, 1)
+        across = apart - outward * direction
+        # across is large (n - m) for directions n, m: its part along n, large (1 - cos), drowns in rounding of outward
+        along = (across * direction).sum(-1, keepdim=True)
+        square, rest = (z.square().sum(-1, keepdim=True) for z in (across, across - along * direction))
+        square = torch.where(along.abs() < most, 2 * rest / (2 - along.abs() / most), square)
         stable = outward.square() / (c * (x0 * y0 + product) + 1)
-        stable = stable + small / most * across.square().sum(-1, keepdim=True) / 2
+        stable = stable + small / most * square / 2
     return plain - plain.detach() + stable.detach()  # forward-mode derivatives pass through no_grad
 
 
@@ -441,12 +451,10 @@ def _inside(p: Tensor, c: Tensor) -> Tensor:
 
 
 def _sum(p: Tensor, q: Tensor, c: Tensor) -> Tensor:
-    inner = (p * q).sum(-1, keepdim=True)
-    squares = [x.square().sum(-1, keepdim=True) for x in (p, q)]
-    # 1 + 2c p·q + c|q|^2 cancels near q = -p; this form does not
-    first = c * (p + q).square().sum(-1, keepdim=True) + _gap(p, c)
-    below = 1 + 2 * c * inner + c.square() * squares[0] * squares[1]
-    return _inside((first * p + _gap(p, c) * q) / below.clamp_min(torch.finfo(p.dtype).tiny), c)
+    # 1 + 2c p·q + c|q|^2 and 1 + 2c p·q + c^2 |p|^2 |q|^2 cancel near q = -p; these forms do not
+    both, here = p + q, _gap(p, c)
+    square = c * both.square().sum(-1, keepdim=True)
+    return _inside((square * p + here * both) / (square + here * _gap(q, c)), c)
 
 
 def _root(square: Tensor) -> Tensor:

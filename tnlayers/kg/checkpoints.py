@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ class Checkpoint:
         """Set model, optimizer and torch's generators to what was kept; None where there is no file.
 
         Raises:
-            ValueError: a file that is damaged, or of another run.
+            ValueError: a file that is damaged, or of another run; the model is as it was then.
         """
         path = Path(self.file)
         if not path.exists():
@@ -115,6 +116,7 @@ class Checkpoint:
                 f"({type(error).__name__}); remove it to begin anew"
             ) from None
         wanted = json.loads(json.dumps(dict(self.identity)))
+        identity = {"triples": wanted.get("triples")} | identity  # which older files do not tell
         other = [key for key in {**identity, **wanted} if identity.get(key) != wanted.get(key)]
         if kind != KIND or other:
             told = ", ".join(f"{key} = {wanted.get(key)!r} (the file: {identity.get(key)!r})" for key in other)
@@ -122,8 +124,16 @@ class Checkpoint:
                 f"train: the checkpoint {path} is of another run: {told or kind}; remove it to begin anew, or give "
                 "another name"
             )
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        before = copy.deepcopy(model.state_dict())
+        try:
+            model.load_state_dict(content["model"])
+            optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:  # torch has copied what fits by then
+            model.load_state_dict(before)
+            raise ValueError(
+                f"train: the checkpoint {path} is of a model of other sizes, or with other parts frozen ({error}); "
+                "remove it to begin anew, or give another name"
+            ) from None
         set_generators(content["random"])
         return RunState(**content["progress"])
 

@@ -150,7 +150,8 @@ class MIGTF(KGModel):
     The model given (a TuckER, or any KGModel) is held, not copied. While `frozen` its parameters have no gradient and
     it stays in eval mode, with the batch-norm statistics that it was trained to, which makes its scores constants:
     `StoredScores` can stand in for it. All entities start at the origin, where S adds the same number to all tails of
-    a query: ranks start as the given model's. `freeze(False)` goes on to train both jointly.
+    a query: ranks start as the given model's (scores nearer to each other than rounding of the sum become tied).
+    `freeze(False)` goes on to train both jointly.
 
     Args:
         tucker: a trained model.

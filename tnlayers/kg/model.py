@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -27,7 +28,8 @@ class KGModel(nn.Module):
 
     A kind of model writes `query` and `against`. With `inverse` the relation r + num_relations / 2 is the inverse of r,
     and heads are tails of it. Without, (?, r, t) compares t with the queries of every head; a model that has a closed
-    form for that writes `query_heads`.
+    form for that writes `query_heads`. A subclass that writes another `query`, and nothing else, is asked for heads and
+    relations by that.
 
     Attributes:
         num_entities: rows of the entity table.
@@ -53,6 +55,11 @@ class KGModel(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "query" in vars(cls):  # closed forms of classes above are those of another query
+            if not vars(cls).keys() & {"query_heads", "_asks_heads", "_z"}:
+                cls._asks_heads = _by_inverse_relations  # type: ignore[method-assign]
+            if "score_relations" not in vars(cls):
+                cls.score_relations = KGModel.score_relations  # type: ignore[method-assign]
         if "__init__" in vars(cls) and "generator" in inspect.signature(cls.__init__).parameters:
             cls.__init__ = _drawing_from_its_generator(cls.__init__)  # type: ignore[method-assign]
 
@@ -146,6 +153,10 @@ class KGModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
+def _by_inverse_relations(self: KGModel) -> bool:
+    return self.inverse
+
+
 def _drawing_from_its_generator(init: Callable[..., None]) -> Callable[..., None]:
     """A constructor that, given a generator, leaves torch's own as they were.
 
@@ -153,12 +164,11 @@ def _drawing_from_its_generator(init: Callable[..., None]) -> Callable[..., None
     """
 
     @wraps(init)
-    def made(self: Any, *args: Any, generator: torch.Generator | None = None, **options: Any) -> None:
-        if generator is None:
+    def made(self: Any, *args: Any, **options: Any) -> None:
+        given = [value for value in (*args, *options.values()) if isinstance(value, torch.Generator)]
+        given = [value for value in given if value is not torch.default_generator]  # which is torch's own
+        with unchanged_rng(given[0].device) if given else nullcontext():
             init(self, *args, **options)
-            return
-        with unchanged_rng(generator.device):
-            init(self, *args, generator=generator, **options)
 
     return made
 
@@ -170,7 +180,8 @@ class InnerProduct(KGModel):
     without inverse relations (?, r, t) is asked by the pair (z, c) at the cost of (h, r, ?). In training batch norm is
     no affine map of a row, and (?, r, t) a query for every head.
 
-    A kind of model writes `query`, `tail_rows`, `head_rows` and `_z`; one that changes `query` changes `_z` with it.
+    A kind of model writes `query`, `tail_rows`, `head_rows` and `_z`; one that changes `query` changes `_z` with it, or
+    has no closed form.
 
     Example:
         >>> from types import SimpleNamespace

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
@@ -32,7 +33,18 @@ R_TUCKER: dict[str, Callable[..., NetworkOptimizer]] = {
     "R-TuckER Adam": partial(r_tucker_optimizer, method="adam"),
 }
 NAMES = {**TORCH, **NETWORKS, **R_TUCKER}
-GIVEN = ("params", "model", "lr", "weight_decay", "inner", "generator", "foreach", "fused", "capturable")
+GIVEN = (
+    "params",
+    "model",
+    "lr",
+    "weight_decay",
+    "inner",
+    "generator",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+)
 """Options that `train` gives itself, or that no JSON holds."""
 SETTLE = 0.6
 """Part of the steps after which the ranks that an optimizer by name adapts stay."""
@@ -62,8 +74,8 @@ def make_optimizer(
         steps: of the whole run.
 
     Raises:
-        ValueError: an unknown name or option, a model without trainable parameters, an optimizer of trees for a shared
-            `RTuckER`.
+        ValueError: an unknown name or option, a value that torch's optimizer does not take, a model without trainable
+            parameters, an optimizer of trees for a shared `RTuckER`.
         TypeError: something else.
 
     Example:
@@ -110,7 +122,7 @@ def _by_name(
 ) -> Optimizer:
     options: dict[str, Any] = {"name": asked} if isinstance(asked, str) else dict(asked)
     name = options.pop("name", None)
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"train: optimizer must be one of {', '.join(NAMES)}, got {name!r}")
     fixed = getattr(NAMES[name], "keywords", {})
     allowed = [key for key in inspect.signature(NAMES[name]).parameters if key not in (*GIVEN, *fixed)]
@@ -121,10 +133,14 @@ def _by_name(
                 "are given to train"
             )
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    options = {key: value.item() if isinstance(value, np.generic) else value for key, value in options.items()}
     plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in own)
     fused: dict[str, Any] = {"fused": True} if plain else {}
     if name in TORCH:
-        return TORCH[name](own, lr=lr, weight_decay=weight_decay, **fused, **options)
+        try:
+            return TORCH[name](own, lr=lr, weight_decay=weight_decay, **fused, **options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"train: torch's {name} takes no lr={lr}, {options} ({error}); see its options") from None
     tensor = isinstance(model, RTuckER)
     if name in NETWORKS and tensor and model.shared:
         raise ValueError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tnlayers.kg.foreign import as_model
 from tnlayers.kg.model import KGModel
 from tnlayers.kg.triples import SPLITS, Triples
 from tnlayers.page import Cell, Column, text_table
@@ -75,21 +77,22 @@ class Prediction:
 
 
 def predict(
-    model: KGModel,
+    model: nn.Module,
     triples: Triples,
     *,
-    head: str | None = None,
-    relation: str | None = None,
-    tail: str | None = None,
+    head: str | int | None = None,
+    relation: str | int | None = None,
+    tail: str | int | None = None,
     count: int = 10,
     filtered: bool = False,
 ) -> Prediction:
     """Rank what completes a triple of which two parts are given.
 
     Args:
-        model: trained on the graph; scored in evaluation mode, left in the mode it is in.
+        model: a `KGModel` trained on the graph, or a PyKEEN model on the same numbers; scored in evaluation mode, left
+            in the mode it is in.
         triples: the graph.
-        head: name, or None to ask for heads.
+        head: name (a number stands for its text), or None to ask for heads.
         relation: name, or None to ask for relations.
         tail: name, or None to ask for tails.
         count: answers listed.
@@ -101,6 +104,7 @@ def predict(
     Raises:
         ValueError: not two parts of three, a name that is not in the graph (with those most like it), a relation that
             no training triple has, scores that are not finite, a graph that is not the model's.
+        TypeError: no model of a known kind.
 
     Warns:
         UserWarning: an entity that no training triple has: its answers are those of its random start.
@@ -116,12 +120,14 @@ def predict(
         >>> [(a.name, a.known) for a in predict(Last(3, 2, inverse=True), graph, head="ann", relation="knows").answers]
         [('cid', ''), ('bob', 'train'), ('ann', '')]
     """
-    given = {"head": head, "relation": relation, "tail": tail}
+    named = {"head": head, "relation": relation, "tail": tail}
+    given = {part: None if name is None else str(name) for part, name in named.items()}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) != 1:
         raise ValueError(f"predict: two of head, relation and tail must be given, got {3 - len(missing)}")
-    if count < 1:
-        raise ValueError(f"predict: count must be at least 1, got {count}")
+    if not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"predict: count must be an int >= 1, got {count!r}")
+    model = as_model(model)
     own = model.num_relations // 2 if model.inverse else model.num_relations
     if model.num_entities != triples.num_entities or own != len(triples.relation_to_id):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -69,14 +70,15 @@ def evaluate(
         batch_size: distinct queries scored together; None: as many as 48 MiB hold.
         entity_chunk: entities scored together: it limits what the model needs, the scores of a batch are kept whole.
         candidates: entities ranked: ids (n,) for every query; ids (queries, k), a row for each triple of the split, for
-            one direction; or a mapping of "head" and "tail" to either. The truth is always among them. None: all.
+            one direction, of which one that stands there twice counts twice; or a mapping of "head" and "tail" to
+            either. The truth is always among them. None: all.
         filtered: False counts other known answers as mistakes.
         exact: see above.
         hits_at: the k of `Metrics.hits`.
 
     Raises:
         ValueError: an empty split, a graph that is not the model's, scores that are NaN or infinite (by name).
-        TypeError: no model of a known kind; candidates that are no int64 tensor.
+        TypeError: no model of a known kind; triples or candidates that are no int64 tensor.
 
     References:
         A. Bordes et al., "Translating embeddings for modeling multi-relational data", NeurIPS 2013 (filtered setting).
@@ -92,6 +94,9 @@ def evaluate(
         >>> evaluate(Last(3, 2, inverse=True), triples).hits
         {1: 0.5, 3: 1.0, 10: 1.0}
     """
+    hits_at = tuple(hits_at)
+    if not all(map(_is_count, hits_at)):
+        raise ValueError(f"evaluate: hits_at must be ints >= 1, got {hits_at!r}; take (1, 3, 10)")
     ranks = rank(
         model,
         triples,
@@ -148,6 +153,10 @@ def rank(
     return Ranks(*map(torch.cat, parts))
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
 def _checked(
     model: Any, triples: Triples, split: str | Tensor, direction: str, batch_size: int | None, chunk: int | None
 ) -> Tensor:
@@ -155,8 +164,8 @@ def _checked(
     if direction not in DIRECTIONS:
         raise ValueError(f"evaluate: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     for what, value in (("batch_size", batch_size), ("entity_chunk", chunk)):
-        if value is not None and value < 1:
-            raise ValueError(f"evaluate: {what} must be at least 1, got {value}")
+        if value is not None and not _is_count(value):
+            raise ValueError(f"evaluate: {what} must be an int >= 1, or None, got {value!r}")
     own = model.num_relations // 2 if model.inverse else model.num_relations
     if model.num_entities != triples.num_entities or own != len(triples.relation_to_id):
         raise ValueError(
@@ -164,6 +173,10 @@ def _checked(
             f"{triples.num_entities} and {len(triples.relation_to_id)}; evaluate on the triples it was made from"
         )
     asked = triples.split(split) if isinstance(split, str) else split
+    if not isinstance(asked, Tensor) or asked.dtype != torch.int64:
+        what = str(asked.dtype) if isinstance(asked, Tensor) else type(asked).__name__
+        raise TypeError(f"evaluate: triples to rank are int64 ids in a tensor, got {what}; torch.tensor(ids) makes one")
+    asked = asked.cpu()
     if not len(asked):
         raise ValueError(f"evaluate: the split {split if isinstance(split, str) else ''} is empty; nothing to rank")
     limit = torch.tensor([triples.num_entities, len(triples.relation_to_id), triples.num_entities])

@@ -152,10 +152,10 @@ def read_table(where: str, table: Any, columns: str | Sequence[str]) -> Columns:
 
 
 def _name(label: Any) -> str | int | None:
-    """A label as it is numbered; None for what is none."""
+    """A label as it is numbered; None for what is none, such as True, which would be one entity with 1."""
     if isinstance(label, str):
         return str(label).strip() or None
-    return int(label) if isinstance(label, Integral) else None
+    return int(label) if isinstance(label, Integral) and not isinstance(label, bool) else None
 
 
 def _missing(label: Any) -> bool:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -146,6 +147,10 @@ def train(
         {"checkpoint_seconds": checkpoint_seconds, "max_seconds": max_seconds},
         validation,
     )
+    # numpy's numbers would make a checkpoint that torch does not read
+    epochs, batch_size, seed = int(epochs), int(batch_size), None if seed is None else int(seed)
+    lr, weight_decay, lr_decay = float(lr), float(weight_decay), float(lr_decay)
+    clip = None if clip is None else float(clip)
     fresh = int(torch.randint(1 << 62, (), generator=generator)) if seed is None else seed
     before = generators(model)
     with joined():
@@ -157,6 +162,7 @@ def train(
         made = make_optimizer(model, optimizer, lr=lr, weight_decay=weight_decay, steps=epochs * len(batches))
         identity = {
             "model": type(model).__name__, "entities": model.num_entities, "relations": model.num_relations,
+            "triples": sha256(triples.train.cpu().numpy().tobytes()).hexdigest()[:16],
             "rows": batches.rows, "batch_size": batch_size, "optimizer": type(made).__name__,
             "options": plain_options(optimizer),
             "loss": type(found).__name__ if type(found).__repr__ is object.__repr__ else repr(found),

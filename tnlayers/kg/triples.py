@@ -130,11 +130,11 @@ class Triples:
         back[:, 1] += len(self.relation_to_id)
         return torch.cat([part, back])
 
-    def entity_ids(self, names: Iterable[str]) -> Int[Tensor, n]:
+    def entity_ids(self, names: Iterable[str | int]) -> Int[Tensor, n]:
         """Numbers of entities; an unknown name is refused with those most like it."""
         return _ids("entity", names, self.entity_to_id)
 
-    def relation_ids(self, names: Iterable[str]) -> Int[Tensor, n]:
+    def relation_ids(self, names: Iterable[str | int]) -> Int[Tensor, n]:
         """Numbers of relations; an unknown name is refused with those most like it."""
         return _ids("relation", names, self.relation_to_id)
 
@@ -364,11 +364,11 @@ def _vocabulary(parts: Iterable[list[Any]]) -> dict[Any, int]:
     return {label: ids[str(label)] for label in sorted(found, key=str)}
 
 
-def _ids(what: str, names: Iterable[str], ids: Mapping[str, int]) -> Tensor:
+def _ids(what: str, names: Iterable[str | int], ids: Mapping[str, int]) -> Tensor:
     if isinstance(names, str):
         names = [names]
     found = []
-    for name in names:
+    for name in map(str, names):  # labels that were whole numbers are text now
         if name not in ids:
             close = difflib.get_close_matches(name, list(ids), 3, 0.6) if len(ids) <= 200_000 else []
             like = f"; like it: {', '.join(close)}" if close else ""
