@@ -40,8 +40,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not dist" -q
-	$(BIN)/python -m pytest -m "not gpu and not dist and not compile and not slow" -q \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not dist" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not dist and not compile and not slow" -q \
 	  --jaxtyping-packages=decompositions,cross_approx,tnlayers,hints.checked \
 	  tests/test_formats.py tests/test_gauge.py tests/test_program.py tests/test_layers.py tests/test_freeze.py tests/test_frozen_models.py \
 	  tests/test_convert.py tests/test_checkpoint.py tests/test_embedding_bag.py tests/test_conv_transpose.py \

@@ -78,7 +78,7 @@ def test_a_bar_nothing_or_a_callable(name, capfd):
         assert result.evaluations == told.evaluations
 
 
-@pytest.mark.parametrize("progress", [1, 0, "yes", [print], object()], ids=str)
+@pytest.mark.parametrize("progress", [1, 0, "yes", [print], object()], ids=["1", "0", "text", "list", "object"])
 @pytest.mark.parametrize("name", WORK)
 def test_anything_else_is_refused_before_an_entry_is_asked_for(name, progress, unchecked):
     asked = []
