@@ -311,3 +311,30 @@ def test_sums_and_transport_at_the_edge_of_the_ball(c, dtype, edge, rng):
                 value = getattr(H, name)(*leaves, c)
                 for gradient in torch.autograd.grad(value.sum(), leaves):
                     assert bool(torch.isfinite(gradient).all()), (name, d)
+
+
+@pytest.mark.parametrize("c", [1e-8, *EXTREME, 1e8, torch.tensor(0.5, dtype=F64)])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", ["poincare_project", "poincare_exp0"])
+def test_coordinates_whose_squares_overflow_end_on_the_edge_in_their_direction(name, dtype, c):
+    """With the gradient of `x / |x|`: of the size 1 / |x|, across x."""
+    info = torch.finfo(dtype)
+    direction = torch.tensor([0.48, -0.6, 0.64], dtype=dtype)
+    root = math.sqrt(float(c))
+    for size in (info.max**0.6, info.max**0.9, info.max):
+        x = (direction * size).requires_grad_()
+        p = getattr(H, name)(x, c)
+        assert torch.allclose(p * root, direction, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+        assert float(p.detach().double().norm()) * root < 1
+        gradient = torch.autograd.grad(p[0] * root, x)[0] * size  # (e_0 - n_0 n) / |x|, by parts in the range
+        expected = torch.tensor([1.0, 0, 0], dtype=dtype) - direction[0] * direction
+        if size < info.max**0.8:  # beyond, the gradient is smaller than the smallest normal number at some c
+            assert torch.allclose(gradient, expected, atol=1e-4)
+    together = torch.stack([direction * info.max, direction / root / 2])  # row by row, the second is in the ball
+    assert torch.equal(getattr(H, name)(together, c)[1], getattr(H, name)(together[1], c))
+
+
+@pytest.mark.parametrize("name", ["poincare_project", "poincare_exp0"])
+def test_infinite_coordinates_make_their_point_nan(name):
+    x = torch.tensor([[math.inf, 1.0], [0.1, 0.2], [math.nan, 1.0], [-math.inf, math.inf]])
+    assert getattr(H, name)(x).isnan().tolist() == [[True, True], [False, False], [True, True], [True, True]]

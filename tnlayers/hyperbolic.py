@@ -14,27 +14,40 @@ float64 (beyond, distances are NaN). A tangent vector at such a point has coordi
 where `poincare_project` puts what lies beyond.
 """
 
-from collections.abc import Callable
-from math import inf, sqrt
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Curvature = int | float | Tensor
+from tnlayers.poincare import Curvature as Curvature
+from tnlayers.poincare import _arcsinhc, _curvature, _lift, _root, _sinhc
+from tnlayers.poincare import lorentz_to_poincare as lorentz_to_poincare
+from tnlayers.poincare import mobius_add as mobius_add
+from tnlayers.poincare import poincare_distance as poincare_distance
+from tnlayers.poincare import poincare_exp as poincare_exp
+from tnlayers.poincare import poincare_exp0 as poincare_exp0
+from tnlayers.poincare import poincare_log as poincare_log
+from tnlayers.poincare import poincare_log0 as poincare_log0
+from tnlayers.poincare import poincare_project as poincare_project
+from tnlayers.poincare import poincare_to_lorentz as poincare_to_lorentz
+from tnlayers.poincare import poincare_transport as poincare_transport
 
 
 def lift(space: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d1"]:
     """Lorentz point with the given space coordinates: `(sqrt(1/c + |x|^2), x)`.
 
-    The constraint holds to rounding whatever the coordinates: this is also the projection of a point that has drifted.
+    The constraint holds to rounding whatever the coordinates, up to |x| of 1e19 in float32 and 1e154 in float64: x_0 is
+    infinite beyond. Cost: O(d) a point.
 
     Args:
         space: (..., d) space coordinates, any numbers.
-        curvature: c > 0.
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d + 1), time first.
 
     Raises:
-        ValueError: a curvature that is not positive.
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
 
     Example:
         >>> import torch
@@ -45,7 +58,20 @@ def lift(space: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tens
 
 
 def lorentz_project(x: Float[Tensor, "*b d1"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d1"]:
-    """Point of the Lorentz model with the space coordinates of x.
+    """Point of the Lorentz model with the space coordinates of x: `lift(x[..., 1:])`; for a point that has drifted.
+
+    Not the closest point: the time is computed anew, the space part is kept exactly. Cost: O(d) a point.
+
+    Args:
+        x: (..., d + 1), its time is not read.
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d + 1).
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
 
     Example:
         >>> import torch
@@ -56,7 +82,15 @@ def lorentz_project(x: Float[Tensor, "*b d1"], curvature: Curvature = 1.0) -> Fl
 
 
 def lorentz_inner(x: Float[Tensor, "*b d1"], y: Float[Tensor, "*b d1"]) -> Float[Tensor, "*b"]:
-    """Minkowski form `<x, y> = -x_0 y_0 + x·y`.
+    """Minkowski form `<x, y> = -x_0 y_0 + x·y`, as it stands: it cancels, by x_0 y_0 eps.
+
+    For distances take `lorentz_distance`, which does not. Cost: O(d) a pair.
+
+    Args:
+        x, y: (..., d + 1) vectors, points or tangent.
+
+    Returns:
+        (...).
 
     Example:
         >>> import torch
@@ -74,11 +108,18 @@ def lorentz_square_distance(
 
     It equals `2 (|x| - |y|)^2 / (1 + c x_0 y_0 + c |x||y|) + |x||y| |x/|x| - y/|y||^2` of the space parts, a sum of
     squares: points close to each other, or far out, lose no more than their coordinates have lost already. Smooth
-    everywhere, also at x = y.
+    everywhere, also at x = y. Range: that of the module. Cost: O(d) a pair.
 
     Args:
-        x, y: points (their time coordinates are computed anew, so that drift does no harm).
-        curvature: c > 0.
+        x, y: (..., d + 1) points (their times are computed anew, so that drift does no harm).
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (...).
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
 
     References:
         M. Law, R. Liao, J. Snell, R. Zemel, Lorentzian distance learning for hyperbolic representations, ICML 2019.
@@ -98,7 +139,23 @@ def lorentz_distance(
 ) -> Float[Tensor, "*b"]:
     """Geodesic distance `arcosh(-c <x, y>) / √c`, computed as `(2/√c) arsinh(√c |x - y|_L / 2)`.
 
-    The gradient at x = y, where the distance has a kink, is 0.
+    As exact as the coordinates: it errs by 40 eps, relatively, and by what a change of all coordinates by a few eps
+    does. The gradient at x = y, where the distance has a kink, is 0. Beyond the range of the module: NaN. Cost: O(d) a
+    pair.
+
+    Args:
+        x, y: (..., d + 1) points.
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (...).
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
+
+    References:
+        M. Nickel, D. Kiela, Learning continuous hierarchies in the Lorentz model, ICML 2018, arXiv 1806.03417.
 
     Example:
         >>> import torch
@@ -115,10 +172,22 @@ def lorentz_exp(
 ) -> Float[Tensor, "*b d1"]:
     """Exponential map at x: `cosh(√c |v|) x + sinh(√c |v|) / (√c |v|) v`, then the constraint is restored.
 
+    At a point at distance ρ from the origin the step errs by 4 exp(√c ρ) eps, relatively. Cost: O(d) a point.
+
     Args:
-        x: point.
-        v: tangent vector at x, `<x, v> = 0` (see `lorentz_project_tangent`).
-        curvature: c > 0.
+        x: (..., d + 1) points.
+        v: (..., d + 1) tangent vectors at x, `<x, v> = 0` (see `lorentz_project_tangent`).
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d + 1).
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
+
+    References:
+        M. Nickel, D. Kiela, Learning continuous hierarchies in the Lorentz model, ICML 2018, arXiv 1806.03417.
 
     Example:
         >>> import torch
@@ -135,6 +204,24 @@ def lorentz_log(
     x: Float[Tensor, "*b d1"], y: Float[Tensor, "*b d1"], curvature: Curvature = 1.0
 ) -> Float[Tensor, "*b d1"]:
     """Logarithm at x, the v with exp_x(v) = y: `d (y - x - c D x) / sqrt(2 D + c D^2)` with 2 D = <x - y, x - y>.
+
+    v errs by a few eps, relatively, as far as its coordinates go (`<x, v>` is 0 up to x_0 |v| times that); v and its
+    gradients are finite in the whole range of the module. Cost: O(d) a pair.
+
+    Args:
+        x, y: (..., d + 1) points.
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d + 1) tangent vectors at x.
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
+
+    References:
+        Y. Nagano, S. Yamaguchi, Y. Fujita, M. Koyama, A wrapped normal distribution on hyperbolic space, ICML 2019,
+        arXiv 1902.02992.
 
     Example:
         >>> import torch
@@ -153,9 +240,22 @@ def lorentz_log(
 def lorentz_exp0(v: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d1"]:
     """Point at the end of the geodesic from the origin along v: space part `sinh(√c |v|) / (√c |v|) v`.
 
+    The point lies at distance |v|; its coordinates err by √c |v| eps, relatively, in the range of the module.
+    Cost: O(d) a point.
+
     Args:
-        v: (..., d) space part of a tangent vector at the origin (its time part is 0).
-        curvature: c > 0.
+        v: (..., d) space parts of tangent vectors at the origin (their time is 0).
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d + 1).
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
+
+    References:
+        M. Nickel, D. Kiela, Learning continuous hierarchies in the Lorentz model, ICML 2018, arXiv 1806.03417.
 
     Example:
         >>> import torch
@@ -168,6 +268,23 @@ def lorentz_exp0(v: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[
 
 def lorentz_log0(x: Float[Tensor, "*b d1"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d"]:
     """Inverse of `lorentz_exp0`: `arsinh(√c |x|) / (√c |x|) x` of the space part.
+
+    Right to a few eps in the range of the module; meaningless where |x|^2 is no number. Cost: O(d) a point.
+
+    Args:
+        x: (..., d + 1) points.
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d).
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
+
+    References:
+        Y. Nagano, S. Yamaguchi, Y. Fujita, M. Koyama, A wrapped normal distribution on hyperbolic space, ICML 2019,
+        arXiv 1902.02992.
 
     Example:
         >>> import torch
@@ -183,7 +300,24 @@ def lorentz_log0(x: Float[Tensor, "*b d1"], curvature: Curvature = 1.0) -> Float
 def lorentz_project_tangent(
     x: Float[Tensor, "*b d1"], v: Float[Tensor, "*b d1"], curvature: Curvature = 1.0
 ) -> Float[Tensor, "*b d1"]:
-    """Tangent part at x of any vector: `v + c <x, v> x`.
+    """Tangent part at x of any vector: `v + c <x, v> x`, orthogonal to x in the Minkowski form.
+
+    It cancels far out: `<x, result>` is 0 up to 4 c x_0^3 |v| eps. Cost: O(d) a point.
+
+    Args:
+        x: (..., d + 1) points.
+        v: (..., d + 1) any vectors.
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d + 1).
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
+
+    References:
+        M. Nickel, D. Kiela, Learning continuous hierarchies in the Lorentz model, ICML 2018, arXiv 1806.03417.
 
     Example:
         >>> import torch
@@ -199,6 +333,25 @@ def lorentz_transport(
     x: Float[Tensor, "*b d1"], y: Float[Tensor, "*b d1"], v: Float[Tensor, "*b d1"], curvature: Curvature = 1.0
 ) -> Float[Tensor, "*b d1"]:
     """Parallel transport of the tangent vector v from x to y: `v + c <y, v> / (1 - c <x, y>) (x + y)`; an isometry.
+
+    From x to x it leaves v as it is; between close points at distance ρ from the origin it errs by 4 exp(√c ρ) eps,
+    relatively. Cost: O(d) a vector.
+
+    Args:
+        x, y: (..., d + 1) points.
+        v: (..., d + 1) tangent vectors at x.
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d + 1) tangent vectors at y.
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
+
+    References:
+        Y. Nagano, S. Yamaguchi, Y. Fujita, M. Koyama, A wrapped normal distribution on hyperbolic space, ICML 2019,
+        arXiv 1902.02992.
 
     Example:
         >>> import torch
@@ -222,7 +375,21 @@ def lorentz_add(
     """Möbius sum x ⊕ y in the Lorentz model: the boost that carries the origin to x, applied to y.
 
     Space part `y + (√c y_0 + c (x·y) / (1 + √c x_0)) x`; an isometry in y. Unlike `mobius_add` it has no edge to stay
-    away from.
+    away from; sums of points far out in opposite directions cancel. Cost: O(d) a pair.
+
+    Args:
+        x, y: (..., d + 1) points.
+        curvature: c > 0, a number or a tensor (...).
+
+    Returns:
+        (..., d + 1).
+
+    Raises:
+        TypeError: coordinates that are not floating.
+        ValueError: a number as curvature that is not positive.
+
+    References:
+        A. Ungar, A gyrovector space approach to hyperbolic geometry, 2009.
 
     Example:
         >>> import torch
@@ -234,171 +401,6 @@ def lorentz_add(
     inner = (x[..., 1:] * y[..., 1:]).sum(-1, keepdim=True)
     along = c.sqrt() * y[..., :1] + c * inner / (1 + c.sqrt() * x[..., :1])
     return _lift(y[..., 1:] + along * x[..., 1:], c)
-
-
-def lorentz_to_poincare(x: Float[Tensor, "*b d1"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d"]:
-    """Stereographic projection `x / (1 + √c x_0)`, put inside the ball as `poincare_project` does.
-
-    Example:
-        >>> import torch
-        >>> lorentz_to_poincare(lift(torch.tensor([0.75])))
-        tensor([0.3333])
-    """
-    c = _curvature("lorentz_to_poincare", curvature, x)
-    return _inside(x[..., 1:] / (1 + c.sqrt() * x[..., :1]), c)
-
-
-def poincare_to_lorentz(p: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d1"]:
-    """Inverse of the stereographic projection: space part `2 p / (1 - c |p|^2)`.
-
-    Example:
-        >>> import torch
-        >>> poincare_to_lorentz(torch.tensor([0.5]))
-        tensor([1.6667, 1.3333])
-    """
-    c = _curvature("poincare_to_lorentz", curvature, p)
-    return _lift(2 * p / _gap(p, c), c)
-
-
-def poincare_project(p: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d"]:
-    """Points of the ball unchanged, others moved along their radius to `√c |p| = 1 - 8 eps`, eps of the dtype.
-
-    Example:
-        >>> import torch
-        >>> poincare_project(torch.tensor([[0.6, 0.0], [3.0, 4.0]])).tolist()[0]
-        [0.6000000238418579, 0.0]
-    """
-    c = _curvature("poincare_project", curvature, p)
-    return _inside(p, c)
-
-
-def poincare_distance(
-    p: Float[Tensor, "*b d"], q: Float[Tensor, "*b d"], curvature: Curvature = 1.0
-) -> Float[Tensor, "*b"]:
-    """Geodesic distance `(2/√c) arsinh(√c |p - q| / sqrt((1 - c |p|^2) (1 - c |q|^2)))`; its gradient at p = q is 0.
-
-    Example:
-        >>> import torch
-        >>> torch.round(poincare_distance(torch.tensor([0.5, 0.0]), torch.tensor([-0.5, 0.0])), decimals=4)
-        tensor(2.1972)
-    """
-    c = _curvature("poincare_distance", curvature, p)
-    apart = _root((p - q).square().sum(-1, keepdim=True))
-    return (2 / c.sqrt() * torch.arcsinh(c.sqrt() * apart / (_gap(p, c) * _gap(q, c)).sqrt()))[..., 0]
-
-
-def mobius_add(p: Float[Tensor, "*b d"], q: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d"]:
-    """Möbius sum `((1 + 2c p·q + c|q|^2) p + (1 - c|p|^2) q) / (1 + 2c p·q + c^2 |p|^2 |q|^2)`, inside the ball.
-
-    References:
-        A. Ungar, A gyrovector space approach to hyperbolic geometry, 2009; O. Ganea, G. Becigneul, T. Hofmann,
-        Hyperbolic neural networks, NeurIPS 2018, arXiv 1805.09112.
-
-    Example:
-        >>> import torch
-        >>> p = torch.tensor([0.3, -0.4])
-        >>> mobius_add(-p, p)
-        tensor([0., 0.])
-    """
-    c = _curvature("mobius_add", curvature, p)
-    return _sum(p, q, c)
-
-
-def poincare_exp0(v: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d"]:
-    """Exponential map at the origin, where the metric is 4 times the Euclidean one: `tanh(√c |v|) / (√c |v|) v`.
-
-    The point lies at distance 2 |v|.
-
-    Example:
-        >>> import torch
-        >>> p = poincare_exp0(torch.tensor([0.6, 0.8]))
-        >>> torch.round(poincare_distance(torch.zeros(2), p), decimals=4)
-        tensor(2.)
-    """
-    c = _curvature("poincare_exp0", curvature, v)
-    return _inside(_tanhc(c.sqrt() * _root(v.square().sum(-1, keepdim=True))) * v, c)
-
-
-def poincare_log0(p: Float[Tensor, "*b d"], curvature: Curvature = 1.0) -> Float[Tensor, "*b d"]:
-    """Inverse of `poincare_exp0`: `artanh(√c |p|) / (√c |p|) p`.
-
-    Example:
-        >>> import torch
-        >>> v = torch.tensor([1.0, -2.0])
-        >>> torch.allclose(poincare_log0(poincare_exp0(v)), v, atol=1e-4)
-        True
-    """
-    c = _curvature("poincare_log0", curvature, p)
-    return _arctanhc(c.sqrt() * _root(p.square().sum(-1, keepdim=True))) * p
-
-
-def poincare_exp(
-    p: Float[Tensor, "*b d"], v: Float[Tensor, "*b d"], curvature: Curvature = 1.0
-) -> Float[Tensor, "*b d"]:
-    """Exponential map at p: `p ⊕ exp_0(v / (1 - c |p|^2))`.
-
-    Example:
-        >>> import torch
-        >>> p, q = torch.tensor([0.3, 0.0]), torch.tensor([-0.2, 0.5])
-        >>> torch.allclose(poincare_exp(p, poincare_log(p, q)), q, atol=1e-6)
-        True
-    """
-    c = _curvature("poincare_exp", curvature, p)
-    w = v / _gap(p, c)
-    return _sum(p, _inside(_tanhc(c.sqrt() * _root(w.square().sum(-1, keepdim=True))) * w, c), c)
-
-
-def poincare_log(
-    p: Float[Tensor, "*b d"], q: Float[Tensor, "*b d"], curvature: Curvature = 1.0
-) -> Float[Tensor, "*b d"]:
-    """Logarithm at p: `(1 - c |p|^2) log_0(-p ⊕ q)`.
-
-    Example:
-        >>> import torch
-        >>> poincare_log(torch.tensor([0.3, 0.0]), torch.tensor([0.3, 0.0]))
-        tensor([0., 0.])
-    """
-    c = _curvature("poincare_log", curvature, p)
-    w = _sum(-p, q, c)
-    return _gap(p, c) * _arctanhc(c.sqrt() * _root(w.square().sum(-1, keepdim=True))) * w
-
-
-def poincare_transport(
-    p: Float[Tensor, "*b d"], q: Float[Tensor, "*b d"], v: Float[Tensor, "*b d"], curvature: Curvature = 1.0
-) -> Float[Tensor, "*b d"]:
-    """Parallel transport of v from p to q: `(1 - c |q|^2) / (1 - c |p|^2) gyr[q, -p] v`, an isometry.
-
-    Example:
-        >>> import torch
-        >>> p, q, v = torch.tensor([0.1, 0.2]), torch.tensor([0.5, -0.3]), torch.tensor([1.0, 1.0])
-        >>> back = poincare_transport(q, p, poincare_transport(p, q, v))
-        >>> torch.allclose(back, v, atol=1e-6)
-        True
-    """
-    c = _curvature("poincare_transport", curvature, p)
-    # gyr[q, -p] v (Ungar 2009) in terms of apart = q - p: its terms cancel where p and q are close to the boundary
-    apart = q - p
-    pv, av, ap = ((x * y).sum(-1, keepdim=True) for x, y in ((p, v), (apart, v), (apart, p)))
-    aa, pp = (x.square().sum(-1, keepdim=True) for x in (apart, p))
-    here, there = _gap(p, c), _gap(q, c)
-    along_apart = c * (2 * ap * pv - pp * av) - here * pv
-    along_p = here * av - c * pv * aa
-    return (v + 2 * c * (along_apart * apart + along_p * p) / (here * there + c * aa)) * there / here
-
-
-def _curvature(name: str, curvature: Curvature, points: Tensor) -> Tensor:
-    """The curvature with one more axis, for the coordinates. A tensor's sign is not looked at: a device would wait."""
-    if not points.is_floating_point():
-        raise TypeError(f"{name}: points must be floating, got {points.dtype}; call .float()")
-    if isinstance(curvature, Tensor):
-        return curvature.to(points.dtype)[..., None]
-    if not 0 < curvature < inf:
-        raise ValueError(f"{name}: curvature c must be a positive number (the space has -c), got {curvature}; take 1.0")
-    return torch.full((1,), float(curvature), dtype=points.dtype, device=points.device)
-
-
-def _lift(space: Tensor, c: Tensor) -> Tensor:
-    return torch.cat([(1 / c + space.square().sum(-1, keepdim=True)).sqrt(), space], -1)
 
 
 def _half_square(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
@@ -436,51 +438,3 @@ def _tangent_norm(x: Tensor, v: Tensor, c: Tensor) -> Tensor:
     along = (v * direction).sum(-1, keepdim=True)
     across = v - along * direction
     return _root(across.square().sum(-1, keepdim=True) + along.square() / (1 + c * square))
-
-
-def _gap(p: Tensor, c: Tensor) -> Tensor:
-    """1 - c |p|^2 of points in the ball, as (1 - √c|p|)(1 + √c|p|)."""
-    size = c.sqrt() * _root(p.square().sum(-1, keepdim=True))
-    return (1 - size) * (1 + size)
-
-
-def _inside(p: Tensor, c: Tensor) -> Tensor:
-    most = (1 - 8 * torch.finfo(p.dtype).eps) / c.sqrt()
-    size = _root(p.square().sum(-1, keepdim=True))
-    return torch.where(size > most, p / torch.where(size > 0, size, 1) * most, p)
-
-
-def _sum(p: Tensor, q: Tensor, c: Tensor) -> Tensor:
-    # 1 + 2c p·q + c|q|^2 and 1 + 2c p·q + c^2 |p|^2 |q|^2 cancel near q = -p; these forms do not
-    both, here = p + q, _gap(p, c)
-    square = c * both.square().sum(-1, keepdim=True)
-    return _inside((square * p + here * both) / (square + here * _gap(q, c)), c)
-
-
-def _root(square: Tensor) -> Tensor:
-    """Square root with gradient 0 at 0."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0 * square)  # a NaN stays one
-
-
-def _over(function: Callable[[Tensor], Tensor], third: float, z: Tensor) -> Tensor:
-    """function(z) / z for z >= 0, with its series 1 + third z^2 where that is exact."""
-    small = z < 0.1 * sqrt(torch.finfo(z.dtype).eps)
-    safe = torch.where(small, 1, z)
-    return torch.where(small, 1 + third * z.square(), function(safe) / safe)
-
-
-def _sinhc(z: Tensor) -> Tensor:
-    return _over(torch.sinh, 1 / 6, z)
-
-
-def _arcsinhc(z: Tensor) -> Tensor:
-    return _over(torch.arcsinh, -1 / 6, z)
-
-
-def _tanhc(z: Tensor) -> Tensor:
-    return _over(torch.tanh, -1 / 3, z)
-
-
-def _arctanhc(z: Tensor) -> Tensor:
-    return _over(torch.arctanh, 1 / 3, z)

@@ -22,6 +22,7 @@ class HyperbolicTucker(nn.Module):
     moves), A and B map the inputs to space coordinates of hyperbolic points, v_k is a point an output, and S is the
     Lorentz interaction (`tnlayers.lorentz_interaction`): for curvature -> 0 it ranks outputs as the translation score
     `-|A x1 + B x2 - v_k|^2` does. Points are held by their space coordinates: they cannot leave the hyperboloid.
+    -3 < S < 2 whatever the coordinates (their limits: see there); called with x1 (..., in1) and x2 (..., in2).
     Cost: that of the Tucker score, and one product (batch, d + 1) x (d + 1, out) with an outer sum.
 
     Args:
@@ -40,7 +41,8 @@ class HyperbolicTucker(nn.Module):
         recipe: a callable dense weight -> Network.
 
     Raises:
-        ValueError: sizes below 1, a curvature that is not positive; not exactly one of rank, network and recipe.
+        ValueError: sizes below 1, a negative std, a curvature that is not positive; not exactly one of rank, network
+            and recipe.
 
     References:
         MIG-TF, mixed-geometry tensor factorization: arXiv 2504.02589.
@@ -150,19 +152,19 @@ class HyperbolicTucker(nn.Module):
         return made.train(tucker.training)
 
     def forward(self, x1: Float[Tensor, "*batch n1"], x2: Float[Tensor, "*rows n2"]) -> Float[Tensor, "*batch m"]:
-        """Scores of all outputs, for any equal leading axes."""
+        """Scores y (..., out) of x1 (..., in1) and x2 (..., in2), for any equal leading axes."""
         score: Tensor = self.tucker(x1, x2)
         return score + self.interaction(x1, x2)
 
     def interaction(self, x1: Float[Tensor, "*batch n1"], x2: Float[Tensor, "*rows n2"]) -> Float[Tensor, "*batch m"]:
-        """S alone, bounded whatever the coordinates."""
+        """S alone, (..., out), in the precision of the points."""
         c = self.curvature()
         query = interaction_query(self.first(x1).to(self.points.dtype), self.second(x2).to(self.points.dtype), c)
         scores = interaction_scores(query.reshape(-1, query.shape[-1]), self.points, c)
         return scores.reshape(*x1.shape[:-1], -1)
 
     def lorentz_points(self) -> Float[Tensor, "m d1"]:
-        """The points of the outputs in Lorentz coordinates, time first."""
+        """The points v_k of the outputs in Lorentz coordinates, (out, d + 1), time first."""
         return lift(self.points, self.curvature())
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -10,7 +10,12 @@ no difference of squares, is ever formed:
 
     N = (u + t)·v - (û + t̂ + 1/√c) v̂ - (û + t̂)/√c + û t̂ - u·t,
 
-which is linear in (v, v̂). `curvature` is the library's, -c the sectional one; the papers' c is 1/curvature.
+which is linear in (v, v̂). `curvature` is the library's, -c the sectional one; the papers' c is 1/curvature. Space
+coordinates have the unit of 1/√c; their squares must be numbers, |x| < 1e18 in float32 and 1e153 in float64. Values are
+not checked here: these functions run in every step of training.
+
+References:
+    MIG-TF, mixed-geometry tensor factorization: arXiv 2504.02589.
 """
 
 import math
@@ -23,11 +28,13 @@ from tnlayers.dense import exactly
 
 
 class Curvature(nn.Module):
-    """A curvature c > 0: a number, or trained as exp(log_curvature).
+    """A curvature c > 0: a number, or trained as exp(log_curvature), which stays positive.
 
     Args:
         curvature: c at the start.
-        learn: whether it is a Parameter.
+        learn: whether log_curvature () is a Parameter.
+        device: of that Parameter.
+        dtype: of that Parameter.
 
     Raises:
         ValueError: not a positive number.
@@ -56,7 +63,7 @@ class Curvature(nn.Module):
         self.log_curvature = None if value is None else nn.Parameter(value)
 
     def forward(self) -> float | Tensor:
-        """C."""
+        """The number c, or a tensor () with a gradient where it is trained."""
         return self.start if self.log_curvature is None else self.log_curvature.exp()
 
     def reset_parameters(self) -> None:
@@ -74,11 +81,11 @@ def interaction_query(
 ) -> Float[Tensor, "*b e"]:
     """What N and S of known u and t need to know to meet any v: `[u + t, -(û + t̂ + 1/√c), offset, u_0 t_0, u_0 + t_0]`.
 
-    Both are symmetric in u and t, so this also asks for the first or the second with `interaction_inverse_query`.
+    The offset is `û t̂ - (û + t̂)/√c - u·t`. N and S are symmetric in u and t. Cost: O(d) a row.
 
     Args:
-        u, t: space coordinates.
-        curvature: c > 0.
+        u, t: (..., d) space coordinates.
+        curvature: c > 0, a number or a tensor ().
 
     Returns:
         (..., d + 4) for `interaction_scores`.
@@ -99,6 +106,15 @@ def interaction_inverse_query(
 ) -> Float[Tensor, "*b e"]:
     """The query for known t and v, to be compared with any u (or for known u and v, with any t).
 
+    `[v - t, t̂ - v̂ - 1/√c, t·v - t̂ v̂ - (t̂ + v̂)/√c, t_0 v_0, t_0 + v_0]`: N is linear in (u, û) too. Cost: O(d) a row.
+
+    Args:
+        t, v: (..., d) space coordinates.
+        curvature: c > 0, a number or a tensor ().
+
+    Returns:
+        (..., d + 4) for `interaction_scores`.
+
     Example:
         >>> import torch
         >>> u, t, v = torch.tensor([[1.0]]), torch.tensor([[0.5]]), torch.tensor([[2.0]])
@@ -117,20 +133,18 @@ def interaction_scores(
 ) -> Float[Tensor, "B n"]:
     """S (or N) of every row of a query with every point: one product (B, d + 1) x (d + 1, n), in the points' precision.
 
-    The error of S is a few eps whatever the points, as the denominator grows with the coordinates of the numerator.
-    Autocast does not act here.
+    -3 < S < 2, and its error is a few eps (20 at most) whatever the points, as the denominator grows with the
+    coordinates of the numerator; that of N grows with their squares. Autocast does not act here.
+    Cost: 2 B n (d + 1) FLOPs, and an outer product for S.
 
     Args:
         query: (B, d + 4), as the query functions make it.
         points: (n, d) space coordinates that all rows share, or (B, k, d) each row's own.
-        curvature: c > 0.
+        curvature: c > 0, that of the query.
         normalized: S, else N.
 
     Returns:
         (B, n), or (B, k).
-
-    References:
-        MIG-TF: arXiv 2504.02589.
 
     Example:
         >>> import torch

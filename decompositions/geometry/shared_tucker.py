@@ -42,6 +42,12 @@ class SharedGauges:
         groups: modes of every group; together all modes, each once.
         rest: V_k, one a mode: W with another axis k, of the size v_g <= r_g that the unfoldings allow.
         links: S_g (r_g, v_g).
+
+    Example:
+        >>> import torch
+        >>> at = shared_gauges(torch.randn(2, 3, 3), [torch.randn(5, 2), torch.randn(7, 3)], [(0,), (1, 2)])
+        >>> at.owner, at.shapes, bool(torch.allclose(at.factors[1].mT @ at.factors[1], torch.eye(3), atol=1e-5))
+        ((0, 1, 1), ((2, 3, 3), (5, 2), (7, 3)), True)
     """
 
     core: Tensor
@@ -160,6 +166,13 @@ def possible_shared_ranks(
 ) -> tuple[int, ...]:
     """Ranks lowered to what the others allow: `r_g <= min(n_g, sum over k in g of prod over j != k of r_j)`.
 
+    The largest such ranks, found by lowering until all hold: integers only.
+
+    Args:
+        ranks: r_g of every group.
+        sizes: n_g of every group.
+        groups: modes of every group; together all modes, each once.
+
     Example:
         >>> possible_shared_ranks((9, 2), (20, 30), [(0,), (1, 2)])
         (4, 2)
@@ -218,6 +231,13 @@ def _cut(
 class SharedTangent:
     """A tangent vector: the core's delta and one K_g (n_g, v_g) a group, `U_g^T K_g = 0`.
 
+    Args:
+        at: the point.
+        deltas: (delta, K_1, .., K_G), of the shapes `at.shapes`; that U_g^T K_g = 0 is not checked.
+
+    Raises:
+        ValueError: deltas of other shapes.
+
     Example:
         >>> import torch
         >>> at = shared_gauges(torch.randn(2, 3, 3), [torch.randn(5, 2), torch.randn(7, 3)], [(0,), (1, 2)])
@@ -267,10 +287,15 @@ class SharedTangent:
     __rmul__ = __mul__
 
 
-def shared_gauge_fix(at: SharedGauges, gradients: Sequence[Tensor], *, twice: bool = True) -> SharedTangent:
+def shared_gauge_fix(at: SharedGauges, gradients: Sequence[Tensor]) -> SharedTangent:
     """Remove the parts along U_g: gradients with respect to (delta, K_1, ..) become the projection of the gradient.
 
-    `twice`: once more where little is left of a gradient nearly in the span, which is not orthogonal to it otherwise.
+    `K_g = (I - U_g U_g^T) E_g`, twice, as what is left of a gradient nearly in the span is not orthogonal otherwise.
+    Cost: 8 n_g r_g v_g FLOPs a group.
+
+    Args:
+        at: the point.
+        gradients: (delta, E_1, .., E_G), of the shapes `at.shapes`.
 
     Example:
         >>> import torch
@@ -293,6 +318,13 @@ def _normal(u: Tensor, x: Tensor) -> Tensor:
 @full_precision
 def shared_project(at: SharedGauges, z: Float[Tensor, "..."]) -> SharedTangent:
     """Orthogonal projection of a dense tensor onto the tangent space; a reference, as training never has it dense.
+
+    `delta = z x_1 F_1^T ... x_d F_d^T`, and K_g from the sum over k in g of z times F_j^T along all j but k, times V_k.
+    Cost: d + 1 products of z with the factors.
+
+    Args:
+        at: the point.
+        z: (n_1, ..., n_d), the shape of X.
 
     Raises:
         ValueError: another shape than that of X.
@@ -408,7 +440,11 @@ def shared_retract(
 
 
 def retract_by(xi: SharedTangent, choose: Chooser) -> SharedGauges:
-    """`shared_retract` at ranks that a function chooses; see `Chooser`.
+    """`shared_retract` with step 1 at ranks that a function chooses, at most twice those of the point.
+
+    Args:
+        xi: the tangent vector.
+        choose: see `Chooser`.
 
     Example:
         >>> import torch
@@ -436,6 +472,15 @@ def shared_cut(
     core: Tensor, factors: Sequence[Tensor], groups: tuple[tuple[int, ...], ...], choose: Chooser
 ) -> SharedGauges:
     """HOSVD with shared factors of a tensor whose factors are orthonormal, at ranks that a function chooses.
+
+    The squared error is at most the sum, over the groups, of the squared singular values that are dropped.
+    Cost: a QR and an SVD of the core's unfoldings of every group.
+
+    Args:
+        core: (r_1, ..., r_d).
+        factors: one (n_g, r_g) a group, orthonormal columns.
+        groups: modes of every group.
+        choose: see `Chooser`.
 
     Example:
         >>> import torch

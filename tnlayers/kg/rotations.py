@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tnlayers.dense import exactly
-from tnlayers.hyperbolic import _root, lorentz_add, lorentz_exp0, lorentz_log0
+from tnlayers.hyperbolic import lorentz_add, lorentz_exp0, lorentz_log0
 from tnlayers.kg.model import Entities, KGModel
+from tnlayers.poincare import _root
 
 
 class Rotations(nn.Module):

@@ -219,7 +219,7 @@ class _Shared(_Riemannian):
         track.install(track.window_on(at.map(torch.Tensor.contiguous)))
 
     def _fixed(self, at: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
-        return list(shared_gauge_fix(at, gradients, twice=False).deltas)
+        return list(shared_gauge_fix(at, gradients).deltas)
 
     def _squares(self, at: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
         return [torch.linalg.vector_norm(g).square() for g in self._fixed(at, gradients)]
