@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tnlayers import RankAdaptive, kg
+from tnlayers import RankAdaptive, kg, layer
 from tnlayers.kg import Answers, RTuckER, TuckER, embeddings, evaluate, load_triples, make_optimizer, train
 from tnlayers.kg.folder import inner_option
 
@@ -91,6 +91,13 @@ def test_optimizers_of_trees_name_those_of_shared_tables():
     separate = RTuckER(GRAPH, (2, 3), shared=False)
     made = make_optimizer(separate, "RankAdaptive", lr=0.1, weight_decay=0.0, steps=10)
     assert isinstance(made, RankAdaptive)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_models_are_made_after_a_layer_was_measured(name, monkeypatch):
+    """Plans measured for layers are looked up by their settings, while the constructor still runs."""
+    monkeypatch.setitem(layer.probed, ("another layer",), None)
+    getattr(kg, name)(GRAPH if inner_option(name) is None else kg.TuckER(GRAPH, 4, 2))
 
 
 def test_results_print_in_a_line():

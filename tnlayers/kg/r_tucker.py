@@ -78,10 +78,11 @@ class RTuckER(ScoreTensor):
         core = torch.zeros(wanted, dtype=dtype, device=device)
         tables = [core.new_zeros(n, r) for n, r in zip(sizes, wanted, strict=True)]
         net = Tucker(core, tables, num_rows=2) if network is None else network
+        self.adaptive = adaptive  # first: measured plans are looked up by the settings
         super().__init__(
             triples.num_entities, triples.num_relations, inverse=triples.inverse, network=net, shared=shared
         )
-        self.adaptive, self._std = adaptive, float(std)
+        self._std = float(std)
         if network is None:
             self.reset_parameters(generator)
 
