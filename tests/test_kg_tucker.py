@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import tnlayers
 from decompositions import LowRank, TTMatrix, Tucker, to_dense
 from tnlayers.kg import TTER, TuckER
-from tnlayers.kg.dropping import drop
+from tnlayers.kg.dropping import drop, multiply_dropped
 
 GRAPH = SimpleNamespace(num_entities=12, num_relations=8, inverse=True)
 B = 30
@@ -110,6 +110,28 @@ def test_dropout_has_the_mean_of_the_model_without(masks):
         exact = model.eval().score_all(h, r)
     error = (draws.mean(0) - exact).abs() / (draws.std(0) / 4000**0.5)
     assert float(error.max()) < 5  # standard errors, of 60 entries
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_masked_products_are_those_of_the_steps_one_by_one(dtype, rng):
+    """With the same draws: values and gradients, of maps that no row, one and many take."""
+    x, maps = (torch.randn(s, generator=rng, dtype=dtype, requires_grad=True) for s in ((9, 4), (5, 4, 3)))
+    which, weight = torch.tensor([0, 3, 3, 3, 1, 0, 3, 4, 3]), torch.randn(9, 3, generator=rng, dtype=dtype)
+    results = []
+    for made in (
+        lambda: multiply_dropped(x, maps, which, 0.3),
+        lambda: torch.bmm(x[:, None], drop(maps[which], 0.3))[:, 0],
+    ):
+        torch.manual_seed(2)
+        y = made()
+        results.append((y, *torch.autograd.grad((y * weight).sum(), (x, maps))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert float(results[0][2][2].abs().max()) == 0  # no row took it
+    torch.testing.assert_close(multiply_dropped(x, maps, which, 0.0), torch.bmm(x[:, None], maps[which])[:, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(2)
+        torch.testing.assert_close(multiply_dropped(x, maps, which, 0.3).to(dtype), results[0][0], atol=0.2, rtol=0.1)
 
 
 def test_drop_is_exact_in_rate_and_mean():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from decompositions import Network
 from tnlayers.kg.by_relation import group_by
-from tnlayers.kg.dropping import check_rate, drop
+from tnlayers.kg.dropping import check_rate, drop, multiply_dropped
 from tnlayers.kg.model import Entities, InnerProduct
 from tnlayers.kg.relation_maps import RelationMaps
 from tnlayers.kg.tables import Table, few_rows_of, make_table, reset_table, rows_of
@@ -101,8 +101,7 @@ class Bilinear(InnerProduct):
             return self.maps(x, relations)
         if self.masks == "row":
             distinct, inverse = relations.unique(return_inverse=True)
-            maps = drop(self.maps.matrices(distinct)[inverse], rate)
-            return torch.bmm(x[:, None], maps)[:, 0]
+            return multiply_dropped(x, self.maps.matrices(distinct), inverse, rate)
         groups = group_by(relations)
         return groups.multiply(x, drop(self.maps.matrices(groups.distinct), rate))
 
