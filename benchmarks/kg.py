@@ -188,7 +188,7 @@ def adaptive_part(arguments: argparse.Namespace, done: list[Row], keep: Keep) ->
     """R-TuckER with ranks found by a tolerance against fixed ranks; the same learning rates tried for every arm."""
     found = list(done)
     arms: dict[str, Row] = {f"fixed {ranks}": {"ranks": ranks} for ranks in ((15, 20), (20, 30), (30, 40))}
-    arms |= {f"adaptive, tol {tol}": {"ranks": (30, 40), "tol": tol} for tol in (0.08, 0.12)}
+    arms |= {f"adaptive, tol {tol}": {"ranks": (30, 40), "tol": tol} for tol in (0.08, 0.1, 0.12)}
     for name in SETS:
         triples = load_triples(name)
 

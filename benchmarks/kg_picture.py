@@ -30,7 +30,7 @@ def names(store: dict[str, Any], name: str) -> dict[tuple[str, str], list[Row]]:
     for row in store.get("adaptive", []):
         if row["set"] == name:
             kind, _, rest = row["arm"].partition(" ")
-            found.setdefault((f"R-TuckER, {KINDS[kind]} ranks", rest), []).append(row)
+            found.setdefault((f"R-TuckER, {KINDS[kind.rstrip(',')]} ranks", rest), []).append(row)
     return found
 
 
